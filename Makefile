@@ -1,0 +1,33 @@
+# make demo    pretrain on handwritten digits and see what it was worth (CPU, minutes)
+# make test    run the tests
+# make lint    check the style
+# Each first installs what it needs into VENV, once; PYTHON makes VENV when there is none.
+# In an environment with the original OpenMMLab packages: make test VENV=path EXTRAS=openmmlab,test
+VENV ?= .venv
+PYTHON ?= python3
+EXTRAS ?= mm,test
+PY = $(VENV)/bin/python
+INSTALLED = $(VENV)/.nepa_mm
+
+.PHONY: demo test lint
+demo: $(INSTALLED)
+	$(PY) tools/demo.py
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+
+# torch and torchvision come in one resolution, so that pip finds a pair. opencv-python, which the
+# mm packages ask for, needs libGL; where that is missing the headless build takes its place.
+$(INSTALLED): setup.py pyproject.toml nepa_mm/stack.py
+	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
+	  "nepa_mm needs Python >= 3.10, $(PYTHON) is %s; name another: make PYTHON=python3.11" \
+	  % sys.version.split()[0])'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --upgrade pip
+	$(PY) -m pip install -e '.[$(EXTRAS)]'
+	$(PY) -c 'import cv2' || { $(PY) -m pip uninstall -y opencv-python && \
+	  $(PY) -m pip install opencv-python-headless; }
+	touch $@

@@ -1,0 +1,25 @@
+"""ImageNet-1K, 256 images per GPU: random resized crop and flip, nothing else.
+
+The crop takes 8 to 100 % of the area and is resized bilinearly; Pillow does it with
+antialiasing, as torchvision does in the reference. Fine-tuning crops bicubically.
+"""
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='RandomResizedCrop',
+        scale=224,
+        crop_ratio_range=(0.08, 1.0),
+        interpolation='bilinear',
+        backend='pillow'),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackInputs'),
+]
+
+train_dataloader = dict(
+    batch_size=256,
+    num_workers=8,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    collate_fn=dict(type='default_collate'),
+    dataset=dict(
+        type='ImageNet', data_root='data/imagenet', split='train', pipeline=train_pipeline))

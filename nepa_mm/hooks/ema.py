@@ -1,0 +1,98 @@
+"""The moving average of the weights, evaluated and saved beside the raw ones."""
+from mmengine.hooks import RuntimeInfoHook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner.checkpoint import weights_to_cpu
+from mmpretrain.engine.hooks import EMAHook
+
+
+@HOOKS.register_module()
+class ModelEMAHook(EMAHook):
+    """mmpretrain's EMAHook, for classification and segmentation, that says which is which.
+
+    - The average moves with an optimizer update, not with a micro-step.
+    - Metrics keep their names for what ``state_dict`` of a checkpoint will hold, the
+      average (``accuracy/top1``, so ``save_best`` keeps the best average). With both
+      evaluations on, those of the raw weights follow as ``accuracy/top1_raw``, in the
+      log and in what ``runner.val()`` returns.
+    - ``checkpoint['meta']['weights']`` is ``dict(state_dict='ema', ema_state_dict='raw')``:
+      mmengine stores the average where a plain loader looks first.
+    - An interrupted validation, which leaves the average inside the model, neither
+      mixes up the two sets nor mislabels a checkpoint, and a second call to the Runner
+      (``train()``, then ``test()``) does not forget the average.
+
+    Args:
+        ema_type (str): Registered averaged model. Defaults to 'MultiTensorEMA'.
+        evaluate_on_ema (bool): Whether to evaluate the average. Defaults to True.
+        evaluate_on_origin (bool): Whether to evaluate the raw weights. Defaults to
+            False.
+        **kwargs: ``strict_load``, ``begin_iter`` and ``begin_epoch`` of the parent class,
+            and the arguments of ``ema_type``, such as ``momentum``.
+    """
+
+    ema_in_model = False
+
+    def __init__(self, ema_type='MultiTensorEMA', **kwargs):
+        super().__init__(ema_type=ema_type, **kwargs)
+
+    def _place_ema(self, in_model):
+        """Swap the average into the model, or out of it, unless it is there already."""
+        if in_model != self.ema_in_model:
+            self._swap_ema_parameters()
+            self.ema_in_model = in_model
+
+    def before_run(self, runner):
+        """Create the average, once per model, though every call to the Runner comes here."""
+        self._place_ema(False)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if getattr(self, 'src_model', None) is not model:
+            super().before_run(runner)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """Update the average if this iteration updated the parameters."""
+        if runner.optim_wrapper.should_update():
+            super().after_train_iter(runner, batch_idx, data_batch, outputs)
+
+    def before_val_epoch(self, runner):
+        """Put the weights to validate into the model."""
+        self._before_evaluation()
+
+    def before_test_epoch(self, runner):
+        """Put the weights to test into the model."""
+        self._before_evaluation()
+
+    def after_val_epoch(self, runner, metrics=None):
+        """Put the raw weights back, and validate them too if asked."""
+        raw = self._after_evaluation(runner, runner.val_loop, metrics)
+        RuntimeInfoHook().after_val_epoch(runner, raw)
+
+    def after_test_epoch(self, runner, metrics=None):
+        """Put the raw weights back, and test them too if asked."""
+        raw = self._after_evaluation(runner, runner.test_loop, metrics)
+        RuntimeInfoHook().after_test_epoch(runner, raw)
+
+    def _before_evaluation(self):
+        self._place_ema(self.evaluate_on_ema)
+        print_log(f'Evaluating the {"EMA" if self.evaluate_on_ema else "raw"} weights.',
+                  logger='current')
+
+    def _after_evaluation(self, runner, loop, metrics):
+        """Return the metrics of the raw weights, and add them to ``metrics``."""
+        self._place_ema(False)
+        if not (self.evaluate_on_ema and self.evaluate_on_origin):
+            return {}
+        print_log('Evaluating the raw weights: names end in _raw.', logger='current')
+        for idx, data_batch in enumerate(loop.dataloader):
+            loop.run_iter(idx, data_batch)
+        raw = {f'{name}_raw': value
+               for name, value in loop.evaluator.evaluate(len(loop.dataloader.dataset)).items()}
+        metrics.update(raw)
+        return raw
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        """Store both sets, the average as ``state_dict``, and name them in the meta."""
+        checkpoint['ema_state_dict'] = weights_to_cpu(self.ema_model.state_dict())
+        if not self.ema_in_model:
+            self._swap_ema_state_dict(checkpoint)
+        checkpoint['meta']['weights'] = dict(state_dict='ema', ema_state_dict='raw')

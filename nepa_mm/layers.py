@@ -1,0 +1,166 @@
+"""The parts of NEPA's Vision Transformer: rotary embedding, attention, block.
+
+Shapes in the comments: B images, T tokens (class token first), N patches on a
+grid of gh x gw, D = H * K channels in H heads of K.
+"""
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_activation_layer
+from timm.layers import DropPath, LayerScale, Mlp, SwiGLU
+from torch import nn
+
+QK_NORMS = (None, 'plain', 'affine', 'affine_bias')
+
+
+class RotaryEmbedding(nn.Module):
+    """Two-dimensional rotary position embedding on the image's own grid.
+
+    Every patch sits at its centre, measured in [-1, 1] over the whole image, so
+    no parameter depends on the image size. As in DINOv3, of which the reference
+    code is a copy.
+
+    Args:
+        head_dims (int): Channels per head, K; a multiple of 4.
+        theta (float): Base of the frequencies ``theta ** (-4 k / K)``. Defaults
+            to 100.
+        shift (float, optional): In training, moves all coordinates by one
+            uniform draw per axis from [-shift, shift]. Defaults to None.
+        jitter (float, optional): In training, multiplies the coordinates by one
+            log-uniform draw per axis from [1/jitter, jitter]. Defaults to None.
+        rescale (float, optional): In training, multiplies the coordinates by
+            one log-uniform draw for both axes from [1/rescale, rescale].
+            Defaults to 2.
+
+    Each draw holds for the whole local batch of one forward pass.
+    """
+
+    def __init__(self, head_dims, theta=100., shift=None, jitter=None, rescale=2.):
+        super().__init__()
+        if head_dims % 4:
+            raise ValueError('RoPE needs a head dimension (embed_dims / num_heads) that is a '
+                             f'multiple of 4, got {head_dims}.')
+        for name, factor in dict(jitter=jitter, rescale=rescale).items():
+            if factor is not None and factor < 1:
+                raise ValueError(f'rope_{name} draws from [1/x, x] and needs x >= 1 or None, '
+                                 f'got {factor}.')
+        self.head_dims, self.theta = head_dims, theta
+        self.shift, self.jitter, self.rescale = shift, jitter, rescale
+
+    def draw(self, device):
+        """Draw the training augmentation: shift (2,), jitter (2,), rescale (1,).
+
+        The coordinates become ``(coordinates + shift) * jitter * rescale``.
+        """
+        def uniform(bound, size):
+            return torch.empty(size, device=device).uniform_(-bound, bound)
+
+        return (uniform(self.shift or 0., 2),
+                uniform(math.log(self.jitter or 1.), 2).exp(),
+                uniform(math.log(self.rescale or 1.), 1).exp())
+
+    def forward(self, grid, num_prefix, device):
+        """Sine and cosine of every token's angles.
+
+        Args:
+            grid (tuple[int, int]): Rows and columns of patches.
+            num_prefix (int): Tokens before the patches. Their angle is zero, so
+                that the rotation leaves them as they are.
+            device (torch.device): Where to compute.
+
+        Returns:
+            tuple[Tensor, Tensor]: sin and cos, each (num_prefix + gh * gw, K),
+            fp32.
+        """
+        y, x = ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n * 2 - 1
+                for n in grid)
+        coords = torch.stack(torch.meshgrid(y, x, indexing='ij'), dim=-1).flatten(0, 1)  # N 2
+        if self.training and (self.shift or self.jitter or self.rescale):
+            shift, jitter, rescale = self.draw(device)
+            coords = (coords + shift) * jitter * rescale
+        k = torch.arange(self.head_dims // 4, device=device, dtype=torch.float32)
+        freqs = self.theta ** (-k * 4 / self.head_dims)                                  # K/4
+        angles = 2 * math.pi * coords[:, :, None] * freqs                                # N 2 K/4
+        angles = angles.flatten(1).tile(2)                                               # N K
+        angles = F.pad(angles, (0, 0, num_prefix, 0))                                    # T K
+        return angles.sin(), angles.cos()
+
+
+def rotate(x, sin, cos):
+    """Rotate channel d with channel d + K/2. x: (B, H, T, K); sin, cos: (T, K)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def build_qk_norm(qk_norm, dims, eps):
+    """LayerNorm over one head's channels; see ``qk_norm`` of :class:`NEPAViT`."""
+    if qk_norm not in QK_NORMS:
+        raise ValueError(f'qk_norm must be one of {QK_NORMS}, got {qk_norm!r}.')
+    if qk_norm is None:
+        return nn.Identity()
+    return nn.LayerNorm(dims, eps, elementwise_affine=qk_norm != 'plain',
+                        bias=qk_norm == 'affine_bias')
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with QK-norm and rotary embedding.
+
+    Args: see :class:`NEPAViT`.
+    """
+
+    def __init__(self, embed_dims, num_heads, causal, qkv_bias, qk_norm, norm_eps, attn_drop,
+                 proj_drop):
+        super().__init__()
+        self.num_heads, self.causal, self.attn_drop = num_heads, causal, attn_drop
+        head_dims = embed_dims // num_heads
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.q_norm = build_qk_norm(qk_norm, head_dims, norm_eps)
+        self.k_norm = build_qk_norm(qk_norm, head_dims, norm_eps)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x, sin, cos):
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)              # each B H T K
+        q = rotate(self.q_norm(q), sin, cos).to(v.dtype)            # norm first, then rotation
+        k = rotate(self.k_norm(k), sin, cos).to(v.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,
+                                           dropout_p=self.attn_drop if self.training else 0.)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, T, D)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each on the residual stream.
+
+    Args: see :class:`NEPAViT`.
+    """
+
+    def __init__(self, embed_dims, num_heads, feedforward_channels, causal=True, qkv_bias=True,
+                 qk_norm='plain', gated_mlp=False, act_cfg=dict(type='GELU'),
+                 layer_scale_init_value=1e-5, norm_eps=1e-12, drop_rate=0., attn_drop_rate=0.,
+                 drop_path_rate=0.):
+        super().__init__()
+
+        def layer_scale():
+            if layer_scale_init_value is None:
+                return nn.Identity()
+            return LayerScale(embed_dims, layer_scale_init_value)
+
+        self.ln1 = nn.LayerNorm(embed_dims, norm_eps)
+        self.attn = Attention(embed_dims, num_heads, causal, qkv_bias, qk_norm, norm_eps,
+                              attn_drop_rate, drop_rate)
+        self.ls1 = layer_scale()
+        self.ln2 = nn.LayerNorm(embed_dims, norm_eps)
+        self.mlp = (SwiGLU if gated_mlp else Mlp)(
+            embed_dims, feedforward_channels, drop=(0., drop_rate),
+            act_layer=partial(build_activation_layer, act_cfg))
+        self.ls2 = layer_scale()
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x, sin, cos):                                 # B T D -> B T D
+        x = x + self.drop_path(self.ls1(self.attn(self.ln1(x), sin, cos)))
+        x = x + self.drop_path(self.ls2(self.mlp(self.ln2(x))))
+        return x

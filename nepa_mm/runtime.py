@@ -1,0 +1,296 @@
+"""What tools/train.py and tools/test.py share: from a config to a Runner.
+
+Bad input (a missing data set, a missing checkpoint, more processes than GPUs ...) is found here,
+before anything is built, and reported in one sentence. Where there is no GPU, several processes
+talk through gloo, which mmengine by itself does not offer.
+"""
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import distributed
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+
+# The layouts of the data sets in our configs, below `data_root`.
+LAYOUTS = dict(
+    ImageNet='{root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG',
+    ADE20KDataset='{root}/images/{{training,validation}}/*.jpg and '
+                  '{root}/annotations/{{training,validation}}/*.png')
+
+# How each launcher tells a process its place; mmengine reads the same variables.
+LAUNCHER_VARIABLES = dict(
+    pytorch=dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE', LOCAL_RANK='LOCAL_RANK'),
+    slurm=dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID'),
+    mpi=dict(RANK='OMPI_COMM_WORLD_RANK', WORLD_SIZE='OMPI_COMM_WORLD_SIZE',
+             LOCAL_RANK='OMPI_COMM_WORLD_LOCAL_RANK'))
+
+
+@contextmanager
+def one_sentence_errors():
+    """End the program with the message alone when the user's input is at fault.
+
+    Wraps the reading of the config, the checks of this module and the building of the Runner.
+    There a ``ValueError`` or ``FileNotFoundError`` speaks about the input: it goes to stderr and
+    the exit status is 2, as for a bad flag. Everything else, and everything later, keeps its
+    traceback.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def load_config(path, cfg_options=None, work_dir=None, launcher='none'):
+    """Read a config file and merge what every tool's command line can change.
+
+    Args:
+        path (str): The config file.
+        cfg_options (dict, optional): ``--cfg-options``; wins over the file.
+        work_dir (str, optional): ``--work-dir``; wins over the file, which wins over the default
+            ``work_dirs/<name of the config>``.
+        launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
+
+    Returns:
+        Config: The merged config.
+
+    Raises:
+        FileNotFoundError: If the file, or a base of it, does not exist.
+    """
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(cfg_options or {})
+    name = os.path.splitext(os.path.basename(path))[0]
+    cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', name)
+    cfg.launcher = launcher
+    return cfg
+
+
+def set_start(cfg, resume=None):
+    """Decide what training starts from, and check that those files are there.
+
+    Our configs resume by default. mmengine takes ``load_from`` of a resuming run for the
+    checkpoint to resume, so a run that only starts from those weights would inherit their epoch
+    and optimizer. Here ``load_from`` means weights, used as long as ``work_dir`` holds no
+    checkpoint of the run itself.
+
+    Args:
+        cfg (Config): Changed in place (``resume`` and ``load_from``).
+        resume (str | bool, optional): 'auto': from the newest checkpoint in ``work_dir``, or from
+            the start if there is none; a path: from that checkpoint; False: never; None: as the
+            config says. Defaults to None.
+
+    Raises:
+        FileNotFoundError: If a checkpoint to resume or to load (``load_from``, or an ``init_cfg``
+            of type 'Pretrained') does not exist.
+    """
+    for node in _dicts(cfg.model):
+        if node.get('type') == 'Pretrained':
+            check_checkpoint(node['checkpoint'], "init_cfg of type 'Pretrained'")
+    if resume not in (None, False, 'auto'):
+        check_checkpoint(resume, '--resume')
+        cfg.resume, cfg.load_from = True, resume
+        return
+    if resume is not None:
+        cfg.resume = resume == 'auto'
+    if cfg.get('load_from'):
+        if cfg.get('resume') and find_latest_checkpoint(cfg.work_dir):
+            cfg.load_from = None
+        else:
+            check_checkpoint(cfg.load_from, 'load_from')
+            cfg.resume = False
+
+
+def check_checkpoint(path, what):
+    """Refuse a checkpoint file that does not exist; addresses (``https://``) are left alone.
+
+    Raises:
+        FileNotFoundError: If ``path`` is no file; the message names ``what`` asked for it.
+    """
+    if '://' not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f'no checkpoint file {path!r}, which was given as {what}.')
+
+
+def check_data(cfg, *loaders):
+    """Refuse data sets whose folders are missing or hold no image.
+
+    Looks at data sets that read a folder: those with a ``data_prefix``, ``ImageNet`` and
+    ``CustomDataset``. Data sets that download or make their own images are left alone.
+
+    Args:
+        cfg (Config): The config.
+        loaders (str): Names of the dataloaders that will be used, e.g. 'train_dataloader'.
+
+    Raises:
+        FileNotFoundError: With the path that was tried and the layout expected there.
+    """
+    for name in loaders:
+        for dataset in _dicts((cfg.get(name) or {}).get('dataset', {})):
+            kind = str(dataset.get('type')).rpartition('.')[2]
+            if 'data_prefix' not in dataset and kind not in ('ImageNet', 'CustomDataset'):
+                continue
+            root = dataset.get('data_root') or ''
+            prefixes = dataset.get('data_prefix') or dataset.get('split') or ''
+            prefixes = prefixes.values() if isinstance(prefixes, dict) else [prefixes]
+            wanted = [os.path.join(root, prefix) for prefix in prefixes]
+            if dataset.get('ann_file'):
+                wanted.append(os.path.join(root, dataset['ann_file']))
+            for path in wanted:
+                problem = _data_problem(path)
+                if problem:
+                    layout = LAYOUTS.get(kind, '').format(root=root.rstrip('/') or '.')
+                    raise FileNotFoundError(
+                        f'{name}: {path!r} {problem}'
+                        + (f'; expected are {layout}' if layout else '')
+                        + f' (relative to {os.getcwd()}; {name}.dataset.data_root sets another '
+                        'place).')
+
+
+def _data_problem(path):
+    """What is wrong with a data folder or annotation file, or None."""
+    path = os.path.expanduser(path)
+    if '://' in path or os.path.isfile(path):
+        return None
+    if not os.path.exists(path):
+        return 'does not exist'
+    for _, _, files in os.walk(path, followlinks=True):
+        if any(file.lower().endswith(IMAGE_SUFFIXES) for file in files):
+            return None
+    return 'holds no image'
+
+
+def build_runner(cfg):
+    """Build the Runner of a config, on GPUs or on the CPU, alone or among several processes.
+
+    Args:
+        cfg (Config): With ``work_dir`` and ``launcher``; changed in place, so that the config
+            saved beside the checkpoints shows what was run.
+
+    Returns:
+        Runner: Ready for ``train()`` or ``test()``. What was changed here stands in its log.
+
+    Raises:
+        ValueError: If the launcher's variables are missing, if there are more processes than
+            GPUs, or if ``auto_scale_lr`` is on without a ``base_batch_size``.
+    """
+    world_size = _read_launcher(cfg.launcher)
+    notes = scale_lr(cfg, world_size)
+    _fill_dataloaders(cfg)
+    if cfg.launcher != 'none' and get_device() == 'cpu':
+        notes += _prepare_cpu_group(cfg)
+    runner: Runner = RUNNERS.build(cfg)
+    for note in notes:
+        runner.logger.info(note)
+    return runner
+
+
+def scale_lr(cfg, world_size):
+    """Scale the learning rate to the real batch size, if ``auto_scale_lr.enable``.
+
+    lr becomes lr x (processes x batch_size x accumulative_counts) / base_batch_size. mmengine's
+    own rule leaves out accumulation, and scales every parameter group; here only ``optimizer.lr``
+    changes, so an absolute ``paramwise_cfg.head_lr`` stays as written (reference code: its
+    ``--head_lr`` does not depend on the batch size). A resumed run keeps the learning rate of its
+    checkpoint.
+
+    Args:
+        cfg (Config): Changed in place; ``auto_scale_lr.enable`` is off afterwards.
+        world_size (int): Number of processes.
+
+    Returns:
+        list[str]: What was done, for the log.
+
+    Raises:
+        ValueError: If the config has no ``auto_scale_lr.base_batch_size``.
+    """
+    auto = cfg.get('auto_scale_lr') or {}
+    if not auto.get('enable') or not cfg.get('optim_wrapper'):
+        return []
+    base = auto.get('base_batch_size')
+    if not base:
+        raise ValueError('auto_scale_lr needs the batch size that the learning rate was chosen '
+                         f'for, in auto_scale_lr.base_batch_size, but the config gives {base}.')
+    optimizer = cfg.optim_wrapper.optimizer
+    accumulation = cfg.optim_wrapper.get('accumulative_counts', 1)
+    real = world_size * cfg.train_dataloader.batch_size * accumulation
+    old, optimizer.lr = optimizer.lr, optimizer.lr * real / base
+    cfg.auto_scale_lr.enable = False
+    return [f'auto_scale_lr: batch size {real} = {world_size} processes x '
+            f'{cfg.train_dataloader.batch_size} images x {accumulation} accumulated, base {base}: '
+            f'lr {old:g} -> {optimizer.lr:g}.']
+
+
+def _fill_dataloaders(cfg):
+    """Add the dataloader settings that mmpretrain's base configs leave to its tools."""
+    defaults = dict(pin_memory=torch.cuda.is_available())
+    if cfg.get('default_scope') != 'mmseg':  # whose images differ in size and stay a list
+        defaults['collate_fn'] = dict(type='default_collate')
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(name)
+        if loader:
+            for key, value in defaults.items():
+                loader.setdefault(key, value)
+            # Workers that restart get the same seeds, hence the same augmentations, every epoch.
+            has_workers = loader.get('num_workers', 0) > 0
+            loader.persistent_workers = has_workers and loader.get('persistent_workers', True)
+
+
+def _read_launcher(launcher):
+    """Copy the launcher's variables to torch's names; return the number of processes."""
+    if launcher == 'none':
+        return 1
+    for name, source in LAUNCHER_VARIABLES[launcher].items():
+        if source not in os.environ:
+            raise ValueError(f'--launcher {launcher} needs the environment variable {source}: '
+                             'start through tools/dist_*.sh, tools/slurm_*.sh or mpirun.')
+        os.environ[name] = os.environ[source]
+    local_rank, gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+    if get_device() == 'cuda' and local_rank >= gpus:
+        raise ValueError(f'more processes on this machine than its {gpus} visible GPUs: process '
+                         f'{local_rank} has none; ask for at most {gpus}.')
+    return int(os.environ['WORLD_SIZE'])
+
+
+def _prepare_cpu_group(cfg):
+    """Create the gloo group and drop what needs a GPU; return what was done, for the log.
+
+    mmengine's ``init_dist`` selects a CUDA device whatever the backend; it is skipped when a
+    group exists. Its default wrapper passes a device id, which DistributedDataParallel refuses
+    on the CPU, and SyncBN works on GPUs only.
+    """
+    if not distributed.is_initialized():
+        if cfg.launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
+            hosts = subprocess.check_output(
+                ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']], text=True)
+            os.environ['MASTER_ADDR'] = hosts.split()[0]
+        os.environ.setdefault('MASTER_PORT', '29500')
+        distributed.init_process_group('gloo')
+    wrapper = cfg.get('model_wrapper_cfg') or dict(
+        type='MMDistributedDataParallel', broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+    notes = [f'No GPU: {distributed.get_world_size()} processes on the CPU, through gloo.']
+    layers = [node for node in _dicts(cfg.model) if node.get('type') == 'SyncBN']
+    for node in layers:
+        node['type'] = 'BN'
+    if layers:
+        notes.append(f'SyncBN needs GPUs: {len(layers)} norm_cfg use BN instead, whose statistics '
+                     'are those of each process.')
+    return notes
+
+
+def _dicts(node):
+    """Every dict in a nested config, outermost first."""
+    if isinstance(node, dict):
+        yield node
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return
+    for child in node:
+        yield from _dicts(child)

@@ -1,0 +1,29 @@
+"""Packaging of nepa_mm; the requirements are those that nepa_mm/stack.py checks at import."""
+import re
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r"^__version__ = '(.+)'$", (ROOT / 'nepa_mm/__init__.py').read_text(), re.M)[1]
+STACK = runpy.run_path(str(ROOT / 'nepa_mm/stack.py'))
+
+setup(
+    name='nepa-mm',
+    version=VERSION,
+    description='Next-Embedding Prediction (NEPA) for OpenMMLab',
+    license='Apache-2.0',
+    python_requires='>=3.10',
+    packages=find_packages(include=['nepa_mm', 'nepa_mm.*']),
+    # .mim holds links to configs, tools and model-index.yml; a wheel gets the files themselves
+    package_data={'nepa_mm': [
+        f'.mim/{pattern}' for pattern in (
+            'model-index.yml', 'configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md',
+            'tools/*.py', 'tools/*.sh')]},
+    install_requires=list(STACK['CORE'].values()),
+    extras_require=dict(
+        mm=list(STACK['CURRENT'].values()),
+        openmmlab=[*STACK['CLASSIC'].values(), 'setuptools<82'],  # mmengine uses pkg_resources
+        test=['matplotlib', 'pytest', 'ruff', 'scikit-learn', 'setuptools>=77']),
+)

@@ -1,0 +1,40 @@
+"""What several test files share: the package, tiny networks, made-up images."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import init_default_scope
+from PIL import Image
+
+import nepa_mm  # noqa: F401  (registers everything)
+
+REPO = Path(__file__).parents[1]
+TINY = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
+
+
+def smooth_images(num, size=224, seed=0):
+    """Random images with large structures only, in [-1, 1]: (num, 3, size, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(num, 3, 8, 8, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(size, size), mode='bicubic').clamp(-1, 1)
+
+
+@pytest.fixture(autouse=True)
+def default_scope():
+    """A Runner leaves its scope behind; every test starts in mmpretrain's."""
+    init_default_scope('mmpretrain')
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """An ImageNet-like folder: {train,val}/class_{0,1}/*.jpg, 4 images per class."""
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for label in range(2):
+            folder = tmp_path / 'images' / split / f'class_{label}'
+            folder.mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f'{i}.jpg')
+    return tmp_path / 'images'

@@ -1,0 +1,82 @@
+"""Every pretraining config: the network that it names, its recipe, and two steps of it."""
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+
+from .conftest import REPO, TINY
+
+PRETRAIN = sorted((REPO / 'configs' / 'pretrain').glob('*.py'))
+PARAMETERS = {      # million; B and L as executed in the reference code
+    'nepa_vit-b': 85.53, 'nepa_vit-l': 302.97, 'nepa_vit-b_swiglu': 113.88,
+    'nepa_vit-l_swiglu': 403.73, 'nepa_vit-s': 21.53, 'nepa_vit-s_imagenette': 21.60}
+
+
+def shrink(cfg, images, work_dir):
+    """The config on 8 made-up images with a tiny network: one epoch of two iterations."""
+    cfg.work_dir = str(work_dir)
+    cfg.model.backbone.arch = TINY
+    cfg.train_dataloader.dataset.data_root = str(images)
+    if cfg.train_dataloader.dataset.type == 'ImageNet':
+        cfg.train_dataloader.dataset.metainfo = dict(classes=['a', 'b'])
+    cfg.train_dataloader.update(batch_size=4, num_workers=0, persistent_workers=False)
+    cfg.train_cfg.max_epochs = 1
+    cfg.log_level = 'WARNING'
+    return cfg
+
+
+def test_all_are_listed():
+    assert {path.stem for path in PRETRAIN} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
+def test_network(path):
+    cfg = Config.fromfile(path)
+    with torch.device('meta'):
+        backbone = MODELS.build(cfg.model.backbone)
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    assert millions == pytest.approx(PARAMETERS[path.stem], abs=0.01)
+
+
+@pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
+def test_recipe(path):
+    """What every run shares with the reference: facts of Table 4 and of the released code."""
+    cfg = Config.fromfile(path)
+    optimizer = cfg.optim_wrapper.optimizer
+    batch = cfg.auto_scale_lr.base_batch_size
+    assert optimizer.lr == pytest.approx(3e-4 * batch / 256)
+    gpus = 1 if 'imagenette' in path.stem else 8
+    assert gpus * cfg.train_dataloader.batch_size * cfg.optim_wrapper.accumulative_counts == batch
+    assert (*optimizer.betas, optimizer.eps, optimizer.weight_decay) == (0.9, 0.95, 1e-8, 0.05)
+    assert cfg.optim_wrapper.type == 'BF16OptimWrapper' and 'loss_scale' not in cfg.optim_wrapper
+    assert cfg.optim_wrapper.clip_grad.max_norm == 1.0
+    assert cfg.param_scheduler.warmup == 40
+    assert cfg.param_scheduler.end == cfg.train_cfg.max_epochs
+    assert cfg.model.data_preprocessor.mean == cfg.model.data_preprocessor.std == [127.5] * 3
+    crop = cfg.train_dataloader.dataset.pipeline[1]
+    assert (crop.crop_ratio_range, crop.interpolation, crop.backend) == (
+        (0.08, 1.0), 'bilinear', 'pillow')
+    assert cfg.resume and cfg.randomness.seed == 1337
+    docstring = Path(path).read_text().split('"""')[1]
+    assert all(word in docstring for word in ('Paper:', 'Expected:', 'Cost:', 'Command:'))
+
+
+@pytest.mark.parametrize('path', PRETRAIN, ids=lambda path: path.stem)
+def test_two_steps(path, image_folder, tmp_path):
+    cfg = shrink(Config.fromfile(path), image_folder, tmp_path / 'work')
+    runner = Runner.from_cfg(cfg)
+    before = {k: v.clone() for k, v in runner.model.state_dict().items()}
+    runner.train()
+    assert runner.iter == 2
+    checkpoint = torch.load(tmp_path / 'work' / 'epoch_1.pth', weights_only=False)
+    assert checkpoint['meta']['weights'] == dict(state_dict='ema', ema_state_dict='raw')
+    counts = cfg.optim_wrapper.accumulative_counts
+    loss = runner.message_hub.get_scalar('train/loss').data[0]
+    assert len(loss) == 2 and all(-1 <= value <= 1 for value in loss)
+    # the first update has lr 0; a second one is made only without accumulation
+    moved = any(not torch.equal(before[k], v) for k, v in runner.model.state_dict().items())
+    assert moved == (counts == 1)
+
