@@ -1,0 +1,41 @@
+"""What dist_train.sh and dist_test.sh run: torchrun, told where to meet and how many threads.
+
+    python tools/launch.py GPUS SCRIPT [arguments of the script]
+"""
+import os
+import socket
+import sys
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        return found.getsockname()[1]
+
+
+def main(gpus, *command):
+    env = os.environ
+    nodes = env.get('NNODES', '1')
+    threads = max(1, len(os.sched_getaffinity(0)) // int(gpus))
+    env.setdefault('OMP_NUM_THREADS', str(threads))
+    env.setdefault('MKL_NUM_THREADS', env['OMP_NUM_THREADS'])
+    try:
+        run.main([
+            f'--nnodes={nodes}',
+            f'--node-rank={env.get("NODE_RANK", "0")}',
+            f'--nproc-per-node={gpus}',
+            f'--master-addr={env.get("MASTER_ADDR", "127.0.0.1")}',
+            f'--master-port={env.get("PORT") or (free_port() if nodes == "1" else 29500)}',
+            *command])
+    except ChildFailedError as error:
+        # Status 2 is bad input, and the process has said so in one sentence.
+        if error.get_first_failure()[1].exitcode == 2:
+            sys.exit(2)
+        raise
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

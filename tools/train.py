@@ -1,0 +1,76 @@
+"""Pretrain, fine-tune or train a segmentor: everything is in the config.
+
+    python tools/train.py CONFIG [--work-dir DIR] [--cfg-options key=value ...]
+    tools/dist_train.sh CONFIG GPUS [the same flags]
+"""
+import argparse
+import os
+
+from mmengine.config import DictAction
+
+from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        '--resume', nargs='?', const='auto', metavar='PATH',
+        help='continue from this checkpoint; without PATH, or with "auto", from the newest one in '
+        'the work dir, or from the start if it has none (the default of our configs)')
+    start.add_argument(
+        '--no-resume', dest='resume', action='store_false',
+        help='start anew even if the work dir holds checkpoints')
+    parser.add_argument(
+        '--amp', action='store_true', help='bf16 autocast, with fp32 weights and no loss scaler')
+    parser.add_argument(
+        '--no-validate', action='store_true', help='do not evaluate during training')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true',
+        help='lr x (processes x batch_size x accumulative_counts) / auto_scale_lr.base_batch_size')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        help='override settings of the config, e.g. train_dataloader.batch_size=64; lists as '
+        'key="[a,b]" or key=a,b, without blanks')
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+        help='what started the processes; the shell scripts beside this file set it')
+    parser.add_argument(
+        '--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
+    parser.set_defaults(resume=None)
+    args = parser.parse_args(argv)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def merge_args(cfg, args):
+    """Apply the flags that only training has."""
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.amp:
+        cfg.optim_wrapper.type = 'BF16OptimWrapper'
+        for key in ('loss_scale', 'dtype'):  # what an AmpOptimWrapper of the config leaves behind
+            cfg.optim_wrapper.pop(key, None)
+    if args.auto_scale_lr:
+        cfg.auto_scale_lr = dict(cfg.get('auto_scale_lr') or {}, enable=True)
+    runtime.set_start(cfg, args.resume)
+
+
+def main(argv=None):
+    """Run the tool with ``argv`` (default: the command line) and return the Runner."""
+    args = parse_args(argv)
+    with runtime.one_sentence_errors():
+        cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+        merge_args(cfg, args)
+        runtime.check_data(cfg, 'train_dataloader', 'val_dataloader')
+        runner = runtime.build_runner(cfg)
+    runner.train()
+    return runner
+
+
+if __name__ == '__main__':
+    main()
