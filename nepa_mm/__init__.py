@@ -7,4 +7,4 @@ stack.require(*stack.CORE, 'mmengine', 'mmcv', 'mmpretrain')
 stack.check_binaries()
 stack.register()
 
-from . import backbone, hooks, nepa, optim  # noqa: E402, F401  (they register what is theirs)
+from . import backbone, datasets, hooks, nepa, optim  # noqa: E402, F401  (they register what is theirs)

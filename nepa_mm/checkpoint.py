@@ -39,7 +39,8 @@ def read_checkpoint(path, map_location='cpu'):
                     checkpoint = torch.load(file, map_location, weights_only=True)
         except Exception as error:      # torch, pickle, zip and safetensors each raise their own
             reason = str(error).strip().split('\n')[0]
-            raise ValueError(f'{path} is no checkpoint that can be read safely: {reason}') from error
+            raise ValueError(
+                f'{path} is no checkpoint that can be read safely: {reason}') from error
     if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
     tensors = checkpoint['state_dict'] if isinstance(checkpoint, dict) else None
@@ -111,8 +112,8 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
             f'the network wants keys like {prefix}{next(iter(own))}.')
     for key in matched:
         if own[key].shape != found[key].shape:
-            raise ValueError(f'{checkpoint} does not fit {type(module).__name__}: {prefix}{key} has '
-                             f'shape {tuple(found[key].shape)}, but {tuple(own[key].shape)} is '
+            raise ValueError(f'{checkpoint} does not fit {type(module).__name__}: {prefix}{key} '
+                             f'has shape {tuple(found[key].shape)}, but {tuple(own[key].shape)} is '
                              'needed; is it another architecture, patch size or class count?')
     module.load_state_dict(found, strict=False)
     which = f'{weights} weights' if weights else 'weights'

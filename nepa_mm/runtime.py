@@ -21,6 +21,7 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tif
 # The layouts of the data sets in our configs, below `data_root`.
 LAYOUTS = dict(
     ImageNet='{root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG',
+    CustomDataset='folders of images, one per class',
     ADE20KDataset='{root}/images/{{training,validation}}/*.jpg and '
                   '{root}/annotations/{{training,validation}}/*.png')
 

@@ -1,0 +1,53 @@
+"""The demo's verdict, and a very short demo from end to end."""
+import json
+
+from PIL import Image
+
+from .tiny_runs import load_tool
+
+demo = load_tool('demo')
+
+
+def results(**changes):
+    rows = {'fine-tuning': dict(random=[70., 72.], pretrained=[75., 77.]),
+            demo.LAST_BLOCK: dict(random=[50.], pretrained=[45.])}
+    return dict(loss=-0.9, spread=0.8, rows=rows) | changes
+
+
+def test_verdict():
+    assert demo.check(results()) == []
+    collapsed, = demo.check(results(loss=-0.9999))
+    assert 'collapsed' in collapsed and '-0.9999' in collapsed
+    assert 'collapsed' in demo.check(results(spread=0.01))[0]
+    rows = {'fine-tuning': dict(random=[70., 72.], pretrained=[71., 70.])}
+    useless, = demo.check(results(rows=rows))
+    assert 'did not help: fine-tuning gives 70.5 % with it and 71.0 % without' in useless
+
+
+def test_short_demo(tmp_path, monkeypatch, capsys):
+    """Every part runs; the exit status follows the verdict."""
+    problems = ['The pretraining collapsed.']
+    monkeypatch.setattr(demo, 'LABELS', {20: 9})
+    monkeypatch.setattr(demo, 'compare', in_process)
+    monkeypatch.setattr(demo, 'check', lambda results: problems)
+    out = tmp_path / 'demo'
+    assert demo.main(['--work-dir', str(out), '--epochs', '2', '--seeds', '1']) is True
+    table = (out / 'results.md').read_text()
+    rows = json.loads((out / 'results.json').read_text())['rows']
+    assert set(rows) == {'k-NN, first block', demo.LAST_BLOCK, 'fine-tuning, 20 labels',
+                         'linear probe, first block, 300 labels'}
+    assert all(0 <= value <= 100 for row in rows.values() for runs in row.values()
+               for value in runs)
+    assert all(name in table for name in rows)
+    for name in ('loss.png', 'prediction.png'):
+        assert min(Image.open(out / name).size) > 300
+    printed = capsys.readouterr().out
+    assert 'pretraining' in printed and 'Epoch(train)' not in printed
+    assert problems[0] in printed
+    assert 'Epoch(train)' in next((out / 'digits_pretrain').glob('*/*.log')).read_text()
+
+
+def in_process(jobs, work_dir, checkpoint, seeds):
+    """demo.compare without processes, on 20 labels."""
+    return {job: {start: [demo.supervised(job[0], start, 20, seed, work_dir, checkpoint)
+                          for seed in range(seeds)] for start in demo.STARTS} for job in jobs}

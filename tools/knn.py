@@ -1,0 +1,69 @@
+"""k-NN accuracy of a checkpoint's frozen features, on the images of a classification config.
+
+    python tools/knn.py CONFIG CHECKPOINT [--feature avg_featmap] [--block -1] [--weights ema]
+
+Neighbours come from the config's train_dataloader, seen through its test pipeline; its
+test_dataloader is classified. The result names the feature that was read: figures for NEPA
+depend on it.
+"""
+import argparse
+
+from mmengine.config import DictAction
+from mmengine.device import get_device
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+
+from nepa_mm import runtime
+from nepa_mm.checkpoint import WEIGHTS, load_pretrained
+from nepa_mm.knn import FEATURES, knn_accuracy
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config with train_dataloader and test_dataloader')
+    parser.add_argument('checkpoint', help='pretraining or fine-tuned checkpoint')
+    parser.add_argument('--feature', choices=FEATURES, default='avg_featmap',
+                        help='mean of the patches (default), last patch or class token')
+    parser.add_argument('--block', type=int, default=-1,
+                        help='block whose output is read, from 0 or from the end (default: -1, '
+                        'the last, after the final norm)')
+    parser.add_argument('-k', type=int, default=20, help='neighbours (default: 20)')
+    parser.add_argument('--temperature', type=float, default=0.07, help='(default: 0.07)')
+    parser.add_argument('--weights', choices=[w for w in WEIGHTS if w],
+                        help='average or raw weights (default: the average if there is one)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override settings of the config')
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Run the tool with ``argv`` (default: the command line) and return the accuracies."""
+    args = parse_args(argv)
+    with runtime.one_sentence_errors():
+        cfg = runtime.load_config(args.config, args.cfg_options)
+        if not (cfg.get('train_dataloader') and cfg.get('test_dataloader')):
+            raise ValueError(f'{args.config!r} has no labelled train_dataloader and '
+                             'test_dataloader; use a config of configs/classification.')
+        runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
+        runtime.check_data(cfg, 'train_dataloader', 'test_dataloader')
+        cfg.train_dataloader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
+        cfg.train_dataloader.batch_size = cfg.test_dataloader.batch_size
+        cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=False)
+        cfg.model.backbone.init_cfg = None
+        init_default_scope(cfg.get('default_scope', 'mmpretrain'))
+        model = MODELS.build(cfg.model).to(get_device())
+        load_pretrained(model.backbone, args.checkpoint, 'backbone.', args.weights)
+        loaders = [Runner.build_dataloader(cfg[name])
+                   for name in ('train_dataloader', 'test_dataloader')]
+        accuracy = knn_accuracy(model, *loaders, feature=args.feature, block=args.block, k=args.k,
+                                temperature=args.temperature)
+    block = args.block % model.backbone.num_layers + 1
+    print(f'{args.k}-NN on {args.feature} of block {block} of {model.backbone.num_layers}, '
+          f'{args.weights or "default"} weights of {args.checkpoint}: '
+          + ', '.join(f'{name} {value:.2f} %' for name, value in accuracy.items()))
+    return accuracy
+
+
+if __name__ == '__main__':
+    main()
