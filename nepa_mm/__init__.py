@@ -7,4 +7,5 @@ stack.require(*stack.CORE, 'mmengine', 'mmcv', 'mmpretrain')
 stack.check_binaries()
 stack.register()
 
-from . import backbone, datasets, hooks, nepa, optim  # noqa: E402, F401  (they register what is theirs)
+# each of these registers what is its own
+from . import augment, backbone, datasets, heads, hooks, nepa, optim  # noqa: E402, F401

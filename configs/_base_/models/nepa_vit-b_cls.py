@@ -1,0 +1,31 @@
+"""NEPA's classifier: mean of the patches, a new LayerNorm, a zero-initialised linear layer."""
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='NEPAViT',
+        arch='base',
+        patch_size=14,
+        causal=False,
+        qk_norm='affine',       # starts at one: no change against a checkpoint without it
+        layer_scale_init_value=1e-5,
+        rope_rescale=2.,
+        drop_path_rate=0.1,
+        out_type='avg_featmap',
+        fc_norm=True,
+        frozen_stages=0,        # the patch embedding; the class token is trained
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='work_dirs/nepa_vit-b/epoch_1600.pth',
+            prefix='backbone.')),
+    head=dict(
+        type='LinearClsHead',
+        num_classes=1000,
+        in_channels=768,
+        loss=dict(type='CrossEntropyLoss', use_soft=True),
+        init_cfg=dict(type='Constant', layer='Linear', val=0)),
+    data_preprocessor=dict(
+        num_classes=1000,
+        mean=[127.5] * 3,
+        std=[127.5] * 3,
+        to_rgb=True,
+        batch_augments=dict(augments=dict(type='TimmBatchAugment', num_classes=1000))))

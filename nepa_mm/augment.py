@@ -1,0 +1,86 @@
+"""timm's augmentations for mmpretrain's pipelines: the reference fine-tunes with timm.
+
+mmpretrain has operations of the same names, but not the same numbers: its RandAugment
+translates by a share of the image instead of timm's constant 100 pixels, its Mixup and CutMix
+draw a random partner instead of the reversed batch and smooth no labels, and its erasing fills
+with clipped integers before the normalisation.
+"""
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.registry import TRANSFORMS
+from mmpretrain.registry import BATCH_AUGMENTS
+from PIL import Image
+from timm.data import Mixup, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+
+
+@TRANSFORMS.register_module()
+class TimmRandAugment(BaseTransform):
+    """RandAugment by timm.
+
+    Args:
+        policy (str): timm's description. Defaults to 'rand-m9-mstd0.5-inc1', the
+            reference's.
+        fill (int): Grey level of what moves into view. Defaults to 128.
+        translate_const (int): Largest translation in pixels; the reference's is 100 at
+            224 pixels. Defaults to 100.
+
+    Changes ``img`` (height, width, 3), uint8, BGR. Shapes stay as they are.
+    """
+
+    def __init__(self, policy='rand-m9-mstd0.5-inc1', fill=128, translate_const=100):
+        self.augment = rand_augment_transform(policy, dict(
+            translate_const=translate_const, img_mean=(fill,) * 3,
+            interpolation=Image.Resampling.BICUBIC))
+
+    def transform(self, results):
+        """Augment ``results['img']``."""
+        image = self.augment(Image.fromarray(results['img'][..., ::-1]))    # timm wants RGB
+        results['img'] = np.ascontiguousarray(np.asarray(image)[..., ::-1])
+        return results
+
+
+@BATCH_AUGMENTS.register_module()
+class TimmBatchAugment:
+    """Random erasing, then Mixup or CutMix, by timm, on a normalised batch.
+
+    One lambda holds for the batch of one GPU, and an image's partner stands at the
+    mirrored place. The label smoothing is part of the one-hot targets.
+
+    Args:
+        num_classes (int): Number of classes.
+        mixup_alpha (float): Defaults to 0.8.
+        cutmix_alpha (float): Defaults to 1.
+        switch_prob (float): Share of CutMix when both are on. Defaults to 0.5.
+        label_smoothing (float): Defaults to 0.1.
+        erase_prob (float): Share of images with one rectangle of normal noise, of 2 to
+            33 % of the area. Defaults to 0.25.
+    """
+
+    def __init__(self, num_classes, mixup_alpha=0.8, cutmix_alpha=1., switch_prob=0.5,
+                 label_smoothing=0.1, erase_prob=0.25):
+        self.erase_prob = erase_prob
+        self.mixup = Mixup(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha,
+                           switch_prob=switch_prob, label_smoothing=label_smoothing,
+                           num_classes=num_classes)
+
+    @torch.no_grad()
+    def __call__(self, inputs, scores):
+        """Augment a batch.
+
+        Args:
+            inputs (Tensor): Normalised images (B, C, height, width), changed in place.
+            scores (Tensor): One-hot labels (B, num_classes).
+
+        Returns:
+            tuple[Tensor, Tensor]: Images and soft targets (B, num_classes), fp32.
+
+        Raises:
+            ValueError: B is odd, so that an image would be its own partner.
+        """
+        if len(inputs) % 2:
+            raise ValueError('Mixup pairs the images of a batch and needs an even batch size, got '
+                             f'{len(inputs)}; set train_dataloader.drop_last=True.')
+        erase = RandomErasing(self.erase_prob, mode='pixel', device=inputs.device)
+        return self.mixup(erase(inputs), scores.argmax(dim=1))

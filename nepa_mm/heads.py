@@ -1,0 +1,27 @@
+"""A classification head that mmpretrain lacks."""
+from mmengine.registry import MODELS
+from mmpretrain.models.heads import LinearClsHead
+from timm.layers import AttentionPoolLatent
+
+
+@MODELS.register_module()
+class AttentiveClsHead(LinearClsHead):
+    """Attentive probe: a learned query attends to all tokens, a linear layer classifies.
+
+    Args:
+        num_classes (int): Number of classes.
+        in_channels (int): Channels of a token, D.
+        num_heads (int): Heads of the attention. Defaults to 12.
+        **kwargs: ``loss``, ``topk``, ``cal_acc`` and ``init_cfg`` of mmpretrain's
+            LinearClsHead.
+
+    Reads tokens (B, T, D): the backbone needs ``out_type='raw'``.
+    """
+
+    def __init__(self, num_classes, in_channels, num_heads=12, **kwargs):
+        super().__init__(num_classes=num_classes, in_channels=in_channels, **kwargs)
+        self.pool = AttentionPoolLatent(in_channels, num_heads=num_heads)
+
+    def pre_logits(self, feats):
+        """Pool the tokens of the last output (B, T, D) to (B, D)."""
+        return self.pool(feats[-1])

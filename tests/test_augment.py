@@ -1,0 +1,129 @@
+"""timm's augmentations inside mmpretrain: the same numbers, the same order, the right channels."""
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, TRANSFORMS
+from mmpretrain.structures import DataSample
+from PIL import Image
+from timm.data import Mixup, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from timm.loss import SoftTargetCrossEntropy
+
+from nepa_mm.augment import TimmBatchAugment, TimmRandAugment
+
+from .conftest import REPO, TINY
+
+CONFIG = REPO / 'configs' / 'classification' / 'nepa_vit-b_ft_in1k.py'
+
+
+def seed(value):
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+@pytest.mark.parametrize('value', range(6))
+def test_mixing_equals_timm(value):
+    """Images and targets bitwise, with what the reference sets; both kinds of mixing occur."""
+    images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 3, 9, 9, 5, 1])
+    ours, targets = images.clone(), torch.nn.functional.one_hot(labels, 10)
+    seed(value)
+    ours, targets = TimmBatchAugment(num_classes=10)(ours, targets)
+    seed(value)
+    theirs = RandomErasing(0.25, mode='pixel', max_count=1, device='cpu')(images.clone())
+    theirs, expected = Mixup(mixup_alpha=0.8, cutmix_alpha=1., prob=1., switch_prob=0.5,
+                             mode='batch', label_smoothing=0.1, num_classes=10)(theirs, labels)
+    assert torch.equal(ours, theirs) and torch.equal(targets, expected)
+    assert not torch.equal(ours, images)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
+
+
+def test_partner_is_the_mirrored_image():
+    images = torch.arange(4.).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
+    augment = TimmBatchAugment(num_classes=4, erase_prob=0., cutmix_alpha=0., label_smoothing=0.)
+    seed(0)
+    mixed, targets = augment(images, torch.eye(4))
+    lam = targets[0, 0]
+    assert targets[0, 3] == pytest.approx(1 - lam) and 0 < lam < 1
+    expected = lam * torch.arange(4.) + (1 - lam) * torch.arange(4.).flip(0)
+    torch.testing.assert_close(mixed[:, 0, 0, 0], expected)
+
+
+def test_odd_batch():
+    with pytest.raises(ValueError, match='even batch size, got 3'):
+        TimmBatchAugment(num_classes=2)(torch.randn(3, 3, 8, 8), torch.eye(3)[:, :2])
+
+
+def test_loss_of_a_batch_equals_timm():
+    """From uint8 images and labels to the loss, through preprocessor, network and head."""
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.backbone.update(arch=TINY, init_cfg=None, drop_path_rate=0., rope_rescale=None)
+    cfg.model.head.in_channels = 32
+    cfg.model.head.init_cfg = None
+    model = MODELS.build(cfg.model).train()
+    images = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8)
+    labels = torch.tensor([7, 999, 0, 7])
+    data = dict(inputs=images, data_samples=[DataSample().set_gt_label(x) for x in labels])
+    seed(3)
+    data = model.data_preprocessor(data, training=True)
+    loss = model.loss(**data)['loss']
+
+    seed(3)
+    inputs = (images.flip(1).float() - 127.5) / 127.5                       # BGR to RGB
+    inputs = RandomErasing(0.25, mode='pixel', max_count=1, device='cpu')(inputs)
+    inputs, targets = Mixup(mixup_alpha=0.8, cutmix_alpha=1., prob=1., switch_prob=0.5,
+                            mode='batch', label_smoothing=0.1, num_classes=1000)(inputs, labels)
+    logits = model.head(model.extract_feat(inputs))
+    torch.testing.assert_close(loss, SoftTargetCrossEntropy()(logits, targets))
+    assert loss.dtype == torch.float32
+    evaluated = model.data_preprocessor(dict(inputs=images), training=False)['inputs']
+    torch.testing.assert_close(evaluated, (images.flip(1).float() - 127.5) / 127.5)
+
+
+def test_rand_augment_equals_timm_in_rgb():
+    rng = np.random.default_rng(0)
+    bgr = rng.integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    reference = rand_augment_transform('rand-m9-mstd0.5-inc1', dict(
+        translate_const=100, img_mean=(128, 128, 128), interpolation=Image.Resampling.BICUBIC))
+    changed = 0
+    for value in range(20):
+        seed(value)
+        ours = TimmRandAugment()(dict(img=bgr.copy()))['img']
+        seed(value)
+        theirs = np.asarray(reference(Image.fromarray(bgr[..., ::-1])))[..., ::-1]
+        assert np.array_equal(ours, theirs)
+        changed += not np.array_equal(ours, bgr)
+    assert changed > 5
+
+
+def test_parameters_of_the_reference():
+    """Facts of the released fine-tuning, as drawn by the objects that the config builds."""
+    pipeline = Config.fromfile(CONFIG).train_dataloader.dataset.pipeline
+    names = [step.type for step in pipeline]
+    assert names == ['LoadImageFromFile', 'RandomResizedCrop', 'RandomFlip', 'TimmRandAugment',
+                     'PackInputs']
+    crop, flip, augment = (TRANSFORMS.build(dict(s, _scope_='mmpretrain')) for s in pipeline[1:4])
+    assert (crop.crop_ratio_range, crop.interpolation, crop.backend, flip.prob) == (
+        (0.08, 1.0), 'bicubic', 'pillow', [0.5] if isinstance(flip.prob, list) else 0.5)
+    ops = augment.augment.ops
+    assert augment.augment.num_layers == 2
+    assert all((op.prob, op.magnitude, op.magnitude_std) == (0.5, 9, 0.5) for op in ops)
+    assert all(op.hparams['translate_const'] == 100 for op in ops)
+    assert all(op.kwargs['fillcolor'] == (128,) * 3 for op in ops)
+    assert all(op.kwargs['resample'] == Image.Resampling.BICUBIC for op in ops)
+
+
+def test_erasing_statistics():
+    """A quarter of the images, one rectangle of 2 to 33 %, normal noise."""
+    seed(0)
+    augment = TimmBatchAugment(num_classes=2, erase_prob=0.25)
+    augment.mixup.mixup_enabled = False
+    images, _ = augment(torch.full((800, 1, 40, 40), 9.), torch.eye(2)[torch.zeros(800).long()])
+    erased = (images != 9).flatten(1)
+    share, noise = erased.float().mean(dim=1), images[images != 9]
+    assert 0.20 < (share > 0).float().mean() < 0.30
+    assert share[share > 0].min() > 0.015 and share.max() < 0.35
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
