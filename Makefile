@@ -29,5 +29,5 @@ $(INSTALLED): setup.py pyproject.toml nepa_mm/stack.py
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install -e '.[$(EXTRAS)]'
 	$(PY) -c 'import cv2' || { $(PY) -m pip uninstall -y opencv-python && \
-	  $(PY) -m pip install opencv-python-headless; }
+	  $(PY) -m pip install --force-reinstall --no-deps opencv-python-headless; }
 	touch $@

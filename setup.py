@@ -13,6 +13,8 @@ setup(
     name='nepa-mm',
     version=VERSION,
     description='Next-Embedding Prediction (NEPA) for OpenMMLab',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['nepa_mm', 'nepa_mm.*']),
@@ -24,6 +26,6 @@ setup(
     install_requires=list(STACK['CORE'].values()),
     extras_require=dict(
         mm=list(STACK['CURRENT'].values()),
-        openmmlab=[*STACK['CLASSIC'].values(), 'setuptools<82'],  # mmengine uses pkg_resources
+        openmmlab=[*STACK['CLASSIC'].values(), 'setuptools>=77,<82'],  # mmengine uses pkg_resources
         test=['matplotlib', 'pytest', 'ruff', 'scikit-learn', 'setuptools>=77']),
 )

@@ -8,9 +8,9 @@ import re
 from importlib import import_module, metadata, util
 
 CORE = {    # module: requirement
-    'torch': 'torch>=2.1',
-    'torchvision': 'torchvision>=0.16',
-    'timm': 'timm>=1.0',
+    'torch': 'torch>=2.5',
+    'torchvision': 'torchvision>=0.20',
+    'timm': 'timm>=1.0.9',
     'safetensors': 'safetensors',
     'numpy': 'numpy',
     'PIL': 'pillow',
@@ -20,7 +20,7 @@ CURRENT = {
     'mmengine': 'onedl-mmengine>=0.10.8',
     'mmcv': 'onedl-mmcv>=2.3',
     'mmpretrain': 'onedl-mmpretrain>=1.3',
-    'mmseg': 'onedl-mmsegmentation>=1.3',
+    'mmseg': 'onedl-mmsegmentation>=1.4',
 }
 CLASSIC = {
     'mmengine': 'mmengine>=0.10',
@@ -72,9 +72,10 @@ def require(*modules):
     for module in modules:
         found = versions(module)
         if len(found) > 1:
+            wanted = (CURRENT if name_of(CURRENT[module]) in found else CLASSIC)[module]
             raise ImportError(
                 f'{" and ".join(found)} are both installed and overwrite each other\'s {module}; '
-                f'type: pip uninstall -y {" ".join(found)} && {pip_install([CURRENT[module]])}')
+                f'type: pip uninstall -y {" ".join(found)} && {pip_install([wanted])}')
     wrong = {
         f'{name} {version}': table[module] for module in modules
         for name, version in versions(module).items()
@@ -97,7 +98,8 @@ def check_binaries():
     """
     for module, command in (
             ('torchvision', 'pip install --upgrade --force-reinstall torch torchvision'),
-            ('cv2', 'pip uninstall -y opencv-python && pip install opencv-python-headless')):
+            ('cv2', 'pip uninstall -y opencv-python && '
+             'pip install --force-reinstall --no-deps opencv-python-headless')):
         try:
             import_module(module)
         except Exception as error:  # a torchvision of another torch: RuntimeError; no libGL: ...
