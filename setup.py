@@ -27,5 +27,6 @@ setup(
     extras_require=dict(
         mm=list(STACK['CURRENT'].values()),
         openmmlab=[*STACK['CLASSIC'].values(), 'setuptools>=77,<82'],  # mmengine uses pkg_resources
-        test=['matplotlib', 'pytest', 'ruff', 'scikit-learn', 'setuptools>=77']),
+        test=['matplotlib', 'pytest', 'ruff', 'scikit-learn', 'setuptools>=77',
+              'tensorboard']),
 )

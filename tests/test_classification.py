@@ -9,7 +9,7 @@ from mmengine.registry import MODELS, TRANSFORMS
 from mmengine.runner import Runner
 from mmpretrain.apis import ImageClassificationInferencer
 
-from nepa_mm.convert import NAMES, OUTER, QKV, _rename
+from nepa_mm.convert import match_names
 from nepa_mm.heads import AttentiveClsHead
 from nepa_mm.optim import LayerDecayOptimWrapperConstructor
 
@@ -42,7 +42,6 @@ def shrink(cfg, images, work_dir):
         loader.update(batch_size=4, num_workers=0, persistent_workers=False)
     cfg.test_dataloader = cfg.val_dataloader
     cfg.train_cfg.max_epochs = 1
-    cfg.default_hooks.checkpoint.save_best = None
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.topk = (1, 2)
     return cfg
@@ -59,12 +58,16 @@ def test_two_steps_and_one_validation(path, image_folder, tmp_path):
     losses = scalars['train/loss'].data[0]
     assert len(losses) == 2 and np.isfinite(losses).all()
     docstring = path.read_text().split('"""')[1]
-    assert all(word in docstring for word in ('Expected:', 'Cost:', 'Command:'))
+    assert all(word in docstring for word in ('Paper:', 'Expected:', 'Cost:', 'Command:'))
     has_ema = any(hook.type == 'ModelEMAHook' for hook in cfg.custom_hooks)
     assert ('val/accuracy/top1_raw' in scalars) == has_ema      # raw and average, apart
-    if has_ema:
-        checkpoint = torch.load(tmp_path / 'work' / 'epoch_1.pth', weights_only=False)
-        assert checkpoint['meta']['weights'] == dict(state_dict='ema', ema_state_dict='raw')
+    if has_ema:     # the best checkpoint is the one whose average is best
+        for name in ('epoch_1', 'best_accuracy_top1_epoch_1'):
+            checkpoint = torch.load(tmp_path / 'work' / f'{name}.pth', weights_only=False)
+            assert checkpoint['meta']['weights'] == dict(state_dict='ema', ema_state_dict='raw')
+            average = runner.hooks[[type(h).__name__ for h in runner.hooks].index('ModelEMAHook')]
+            for key, value in average.ema_model.module.state_dict().items():
+                assert torch.equal(checkpoint['state_dict'][key], value)
 
 
 def groups_of(name):
@@ -87,11 +90,11 @@ def test_groups_of_base_equal_the_reference():
     path = REPO / 'tests' / 'parity' / 'optim' / 'finetune_groups.json'
     table = json.loads(path.read_text())['cases'][0]
     groups, _ = groups_of('nepa_vit-b_ft_in1k')
-    names = {'vit_nepa.' + k: 'backbone.' + v for k, v in NAMES.items()} | OUTER | {
-        part: 'backbone.layers.{}.attn.qkv' for part in QKV}
+    names = {published: ours for ours, parts in match_names(table['params'], 'mm').items()
+             for published in parts}
     seen = set()
     for published, expected in table['params'].items():
-        ours = _rename(published, names)
+        ours = names[published]
         if expected is None:
             assert ours not in groups, published
             continue

@@ -4,7 +4,8 @@
 
 Neighbours come from the config's train_dataloader, seen through its test pipeline; its
 test_dataloader is classified. The result names the feature that was read: figures for NEPA
-depend on it.
+depend on it. Attention is as the config says: for a pretraining checkpoint take a causal one, such
+as configs/classification/nepa_vit-b_linear_in1k.py.
 """
 import argparse
 

@@ -13,7 +13,7 @@ _base_ = ['./nepa_vit-b_linear_in1k.py']
 model = dict(
     backbone=dict(out_type='raw'),
     neck=None,
-    head=dict(type='AttentiveClsHead', num_heads=12))
+    head=dict(type='AttentiveClsHead', num_heads=12, init_cfg=None))
 
 train_dataloader = dict(batch_size=128)
 optim_wrapper = dict(

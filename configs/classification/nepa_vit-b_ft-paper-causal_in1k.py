@@ -1,7 +1,7 @@
 """Causal fine-tuning of NEPA, ViT-B/14, on ImageNet-1K: the paper's recipe with the mask on.
 
 Paper:    arXiv 2512.16922, Table 2, row "causal fine-tune".
-Expected: 82.5 % top-1 (published, by the paper's recipe). Not run here.
+Expected: 82.5 % top-1 (published). Not run here.
 Cost:     that of nepa_vit-b_ft-paper_in1k.py.
 Command:  tools/dist_train.sh configs/classification/nepa_vit-b_ft-paper-causal_in1k.py 8
 

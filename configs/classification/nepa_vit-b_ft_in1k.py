@@ -1,6 +1,7 @@
 """Fine-tuning of NEPA, ViT-B/14, on ImageNet-1K, 100 epochs: the released recipe.
 
-Expected: 83.75 % top-1 (published, released weights; paper, Table 2: 83.8). Not run here.
+Paper:    arXiv 2512.16922, Table 2 (result); the recipe is the released code's.
+Expected: 83.75 % top-1 (published, released weights; paper: 83.8). Not run here.
 Cost:     100 epochs at batch 1024, bidirectional attention over 257 tokens.
 Command:  tools/dist_train.sh configs/classification/nepa_vit-b_ft_in1k.py 8
 Starts from work_dirs/nepa_vit-b/epoch_1600.pth. For another checkpoint:

@@ -1,11 +1,11 @@
 """Causal fine-tuning of NEPA, ViT-L/14, on ImageNet-1K: the released recipe with the mask on.
 
 Paper:    arXiv 2512.16922, Table 2, row "causal fine-tune".
-Expected: 84.1 % top-1 (published, by the paper's recipe). Not run here.
+Expected: unknown, not run here.
 Cost:     that of nepa_vit-l_ft_in1k.py.
 Command:  tools/dist_train.sh configs/classification/nepa_vit-l_ft-causal_in1k.py 8
 
-The row was fine-tuned by the paper's recipe (nepa_vit-l_ft-paper-causal_in1k.py);
+The row's 84.1 % were fine-tuned by the paper's recipe (nepa_vit-l_ft-paper-causal_in1k.py);
 for the released one with a causal mask no figure is published.
 """
 _base_ = ['./nepa_vit-l_ft_in1k.py']

@@ -45,6 +45,9 @@ param_scheduler = dict(warmup=3, end=60)
 train_cfg = dict(max_epochs=60)
 auto_scale_lr = dict(base_batch_size=64)
 
-custom_hooks = [dict(type='ModelEMAHook', momentum=0.01)]
+custom_hooks = [
+    dict(type='ModelEMAHook', momentum=0.01),
+    dict(type='NEPAMonitorHook', interval=21),
+]
 default_hooks = dict(
     checkpoint=dict(interval=60), logger=dict(type='LoggerHook', interval=21))

@@ -21,3 +21,10 @@ _base_ = [
     '../_base_/schedules/pretrain_bs4096_1600e.py',
     '../_base_/runtime.py',
 ]
+
+# what the loss does not tell, collapse and copying, and the speed
+custom_hooks = [
+    *_base_.custom_hooks,
+    dict(type='NEPAMonitorHook', interval=100),
+    dict(type='ThroughputHook', interval=100),
+]

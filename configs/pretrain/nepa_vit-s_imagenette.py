@@ -29,5 +29,6 @@ train_dataloader = dict(
 batch = 256
 optim_wrapper = dict(optimizer=dict(lr=_base_.base_lr * batch / 256))
 auto_scale_lr = dict(base_batch_size=batch)
-custom_hooks = [dict(type='ModelEMAHook', momentum=1e-3)]
+custom_hooks = _base_.custom_hooks
+custom_hooks[0].momentum = 1e-3
 default_hooks = dict(checkpoint=dict(interval=20))

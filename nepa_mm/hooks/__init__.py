@@ -1,5 +1,8 @@
 """Hooks for mmengine's Runner; importing this package registers them."""
 from .ema import ModelEMAHook
 from .labels import LabelCheckHook
+from .monitor import NEPAMonitorHook
+from .probe import OnlineProbeHook
+from .throughput import ThroughputHook
 
-__all__ = ['LabelCheckHook', 'ModelEMAHook']
+__all__ = ['LabelCheckHook', 'ModelEMAHook', 'NEPAMonitorHook', 'OnlineProbeHook', 'ThroughputHook']

@@ -16,12 +16,10 @@ class LabelCheckHook(Hook):
     """
 
     def before_train(self, runner):
-        """Check the training data."""
+        """Check the training and the validation data."""
         self._check(runner, runner.train_dataloader.dataset)
-
-    def before_val(self, runner):
-        """Check the validation data."""
-        self._check(runner, runner.val_dataloader.dataset)
+        if runner.val_loop is not None:
+            self._check(runner, runner.val_dataloader.dataset)
 
     def before_test(self, runner):
         """Check the test data."""
@@ -29,6 +27,8 @@ class LabelCheckHook(Hook):
 
     @staticmethod
     def _check(runner, dataset):
+        if not hasattr(dataset, 'get_gt_labels') or 'gt_label' not in dataset.get_data_info(0):
+            return      # a wrapped or an unlabelled data set
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         num_classes, labels = model.head.num_classes, dataset.get_gt_labels()
         classes = dataset.metainfo.get('classes')
