@@ -1,42 +1,134 @@
-"""Starting a network from the weights of another run."""
+"""Reading weights of any origin, writing them whole, and starting a network from them."""
+import hashlib
+import json
+import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .convert import from_published
 
 WEIGHTS = (None, 'ema', 'raw')
+PUBLISHED_FILES = dict(raw=('model.safetensors', 'pytorch_model.bin'),
+                       ema=('pytorch_model_ema.bin',))
 
 
-def read_checkpoint(path, map_location='cpu'):
-    """Read a checkpoint without executing anything that it contains.
+def locate(path, weights=None):
+    """The weight file behind a path, a published folder, or an address on the Hugging Face Hub.
 
     Args:
-        path (str): A ``.safetensors`` file, a ``.pth`` file (read with
-            ``weights_only=True``; mmengine's own log records are allowed), or an
-            address that mmengine's ``CheckpointLoader`` knows.
-        map_location (str): Device of the tensors. Defaults to 'cpu'.
+        path (str): A file or an address, returned as it is; a folder with
+            ``config.json`` and weights; or ``hf://owner/name[@revision]``, which is
+            downloaded through huggingface_hub into its cache.
+        weights (str, optional): 'ema' takes ``pytorch_model_ema.bin`` of a folder; None
+            and 'raw' take ``model.safetensors``, or else ``pytorch_model.bin``.
+            Defaults to None.
 
     Returns:
-        dict: A checkpoint with at least the key ``state_dict``.
+        str: Path of the file.
+
+    Raises:
+        FileNotFoundError: The folder lacks the file.
+        ValueError: The address is malformed, or cannot be downloaded.
+    """
+    path, names = str(path), PUBLISHED_FILES['ema' if weights == 'ema' else 'raw']
+    if path.startswith('hf://'):
+        return download(path, names)
+    folder = Path(path).expanduser()
+    if '://' in path or not folder.is_dir():
+        return path
+    if not (folder / 'config.json').is_file():
+        raise FileNotFoundError(f'The folder {path} has no config.json, so it is no published '
+                                'checkpoint; name the weight file itself.')
+    for name in names:
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise FileNotFoundError(f'The folder {path} has no {" and no ".join(names)}.')
+
+
+def download(address, names):
+    """Fetch the first of some files that a repository on the Hugging Face Hub has.
+
+    Args:
+        address (str): ``hf://owner/name[@revision]``.
+        names (Sequence[str]): Names of the files, the preferred one first.
+
+    Returns:
+        str: Path of the file in huggingface_hub's cache; its SHA-256 has been checked.
+
+    Raises:
+        ValueError: See :func:`locate`.
+    """
+    from huggingface_hub import errors, hf_hub_download
+    match = re.fullmatch(r'hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?', address)
+    if not match:
+        raise ValueError(f'{address} is no address of the form hf://owner/name[@revision].')
+    for name in names:
+        try:
+            file = hf_hub_download(match[1], name, revision=match[2])
+        except errors.LocalEntryNotFoundError as error:
+            raise ValueError(f'{address} cannot be downloaded, since the Hugging Face Hub does not '
+                             'answer, and is not in the local cache.') from error
+        except errors.EntryNotFoundError:
+            continue
+        except (OSError, ValueError) as error:      # no such repository, no permission, ...
+            reason = str(error).strip().split('\n')[0]
+            raise ValueError(f'{address} cannot be downloaded: {reason}') from error
+        # the cache names a large file by its SHA-256
+        expected = Path(file).resolve().name
+        if re.fullmatch('[0-9a-f]{64}', expected) and sha256(file) != expected:
+            raise ValueError(f'{file}, downloaded from {address}, is damaged: its SHA-256 is not '
+                             f'{expected}; delete it and try again.')
+        return file
+    raise ValueError(f'{address} has no {" and no ".join(names)}.')
+
+
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_checkpoint(path, map_location='cpu', weights=None):
+    """Read a checkpoint without executing anything that it contains.
+
+    Published weights (keys below ``vit_nepa.``) come out in our names.
+
+    Args:
+        path (str): A ``.safetensors`` file; any other file is a pickle (read with
+            ``weights_only=True``; mmengine's own log records are allowed); a published
+            folder or ``hf://owner/name[@revision]``, see :func:`locate`; or an address
+            that mmengine's ``CheckpointLoader`` knows.
+        map_location (str): Device of the tensors. Defaults to 'cpu'.
+        weights (str, optional): Which file of a published folder, see :func:`locate`.
+            Defaults to None.
+
+    Returns:
+        dict: A checkpoint with at least the key ``state_dict``; published weights also
+        have ``published_names``, a list.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is torn, or is no checkpoint.
     """
-    if '://' in str(path):
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location)
-    elif not Path(path).expanduser().is_file():
+    located = locate(path, weights)
+    file = Path(located).expanduser()
+    if '://' in located:
+        checkpoint = CheckpointLoader.load_checkpoint(located, map_location)
+    elif not file.is_file():
         raise FileNotFoundError(f'The checkpoint {path} does not exist.')
     else:
-        file = Path(path).expanduser()
         try:
-            if file.suffix == '.safetensors':
-                checkpoint = load_file(file, device=map_location)
-            else:
-                with torch.serialization.safe_globals(get_torch_safe_globals()):
-                    checkpoint = torch.load(file, map_location, weights_only=True)
+            checkpoint = _read_file(file, map_location)
         except Exception as error:      # torch, pickle, zip and safetensors each raise their own
             reason = str(error).strip().split('\n')[0]
             raise ValueError(
@@ -47,7 +139,72 @@ def read_checkpoint(path, map_location='cpu'):
     if not (isinstance(tensors, dict) and tensors
             and all(isinstance(t, torch.Tensor) for t in tensors.values())):
         raise ValueError(f'{path} holds no state dict of tensors.')
+    if any(key.startswith('vit_nepa.') for key in tensors):
+        which = 'ema' if file.name in PUBLISHED_FILES['ema'] else 'raw'
+        meta = dict(weights=dict(state_dict=which)) | checkpoint.get('meta', {})
+        checkpoint = dict(state_dict=from_published(tensors), meta=meta,
+                          published_names=list(tensors))
     return checkpoint
+
+
+def _read_file(file, map_location):
+    if file.suffix == '.safetensors':
+        with safe_open(file, 'pt', device=str(map_location or 'cpu')) as opened:
+            meta = json.loads((opened.metadata() or {}).get('nepa_mm', '{}'))
+            return dict(state_dict={key: opened.get_tensor(key) for key in opened.keys()},
+                        meta=meta)
+    with torch.serialization.safe_globals(get_torch_safe_globals()):
+        return torch.load(file, map_location, weights_only=True)
+
+
+@CheckpointLoader.register_scheme(
+    [r'hf://', r'.*\.safetensors$', r'(.*/)?pytorch_model(_ema)?\.bin$'])
+def load_from_published(filename, map_location=None):
+    """What mmengine calls for such names, so that ``load_from`` and every tool accept them."""
+    return read_checkpoint(filename, map_location)
+
+
+@contextmanager
+def written_whole(path):
+    """Write a file so that it is either complete or not there.
+
+    Args:
+        path (str): The file.
+
+    Yields:
+        Path: A temporary file beside it, which takes its place at the end.
+
+    Raises:
+        FileExistsError: Something is there already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f'{path} exists already; remove it or name another.')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode     # of any new file; safetensors makes its own private
+        yield temporary
+        temporary.chmod(mode)
+        with open(temporary, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(state_dict, path, **meta):
+    """Write a ``.safetensors`` file that :func:`read_checkpoint` understands.
+
+    Args:
+        state_dict (dict[str, Tensor]): The tensors.
+        path (str): The file.
+        **meta: What ``checkpoint['meta']`` will hold: values that JSON knows.
+    """
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state_dict.items()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, dict(format='pt', nepa_mm=json.dumps(meta)))
 
 
 def select_weights(checkpoint, weights=None, name='the checkpoint'):
@@ -71,12 +228,22 @@ def select_weights(checkpoint, weights=None, name='the checkpoint'):
     if weights not in WEIGHTS:
         raise ValueError(f'weights must be one of {WEIGHTS}, got {weights!r}.')
     raw = checkpoint.get('ema_state_dict')
-    if weights == 'ema' and raw is None:
+    first = weights_of(checkpoint)
+    if weights == 'ema' and first != 'ema':
         raise ValueError(f"{name} was saved without an average: weights='ema' is not in it, "
                          "use weights='raw' or leave it out.")
     if weights == 'raw' and raw is not None:
         return {key.removeprefix('module.'): value for key, value in raw.items() if key != 'steps'}
+    if weights == 'raw' and first == 'ema':
+        raise ValueError(f"{name} holds the average alone: weights='raw' is not in it, "
+                         "use weights='ema' or leave it out.")
     return checkpoint['state_dict']
+
+
+def weights_of(checkpoint):
+    """Whether ``state_dict`` of a checkpoint is 'ema' or 'raw'."""
+    recorded = (checkpoint.get('meta') or {}).get('weights') or {}
+    return recorded.get('state_dict', 'ema' if 'ema_state_dict' in checkpoint else 'raw')
 
 
 def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='cpu'):
@@ -97,7 +264,8 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
     Raises:
         ValueError: No tensor matched, or one has another shape.
     """
-    state_dict = select_weights(read_checkpoint(checkpoint, map_location), weights, checkpoint)
+    state_dict = select_weights(read_checkpoint(checkpoint, map_location, weights), weights,
+                                checkpoint)
     if prefix and not prefix.endswith('.'):
         prefix += '.'
     found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}

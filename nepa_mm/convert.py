@@ -1,12 +1,13 @@
 """The published weights (Hugging Face layout of github.com/SihanXU/nepa) in our names and back.
 
-Pure functions on configs and state dicts. Two things differ besides the names: query,
-key and value are one matrix here, and the classifier's parts live in the backbone
-(``fc_norm``) and the head (``fc``).
+Pure functions on state dicts; their configs are in convert_config.py. Two things differ
+besides the names: query, key and value are one matrix here, and the classifier's parts
+live in the backbone (``fc_norm``) and the head (``fc``).
 """
 import re
 
 import torch
+from mmengine.registry import MODELS, DefaultScope
 
 # published name below `vit_nepa.` <-> name below `backbone.`; {} stands for the block's number
 NAMES = {
@@ -24,60 +25,14 @@ NAMES = {
     'encoder.layer.{}.output.layer_scale.lambda1': 'layers.{}.ls2.gamma',
     'layernorm': 'norm',
 }
-QKV = tuple(f'vit_nepa.encoder.layer.{{}}.attention.attention.{part}'
-            for part in ('query', 'key', 'value'))
+PARTS = ('query', 'key', 'value')
+QKV = 'vit_nepa.encoder.layer.{}.attention.attention.query', 'backbone.layers.{}.attn.qkv'
 OUTER = {'fc_norm': 'backbone.fc_norm', 'classifier': 'head.fc'}
-ACTIVATIONS = {
-    **dict.fromkeys(['gelu', 'gelu_python'], dict(type='GELU')),
-    **dict.fromkeys(['gelu_new', 'gelu_pytorch_tanh', 'gelu_python_tanh', 'gelu_fast',
-                     'gelu_accurate'], dict(type='GELU', approximate='tanh')),
-    **dict.fromkeys(['silu', 'swish'], dict(type='SiLU')),
-    'quick_gelu': dict(type='timm.layers.QuickGELU'), 'mish': dict(type='torch.nn.Mish'),
-    'relu': dict(type='ReLU'), 'relu6': dict(type='ReLU6'), 'leaky_relu': dict(type='LeakyReLU'),
-    'sigmoid': dict(type='Sigmoid'), 'tanh': dict(type='Tanh'),
-    'linear': dict(type='torch.nn.Identity'),
-}
+# in a file and in no network of ours: the token of masked modelling, which NEPA does not use
+DROPPED = ('vit_nepa.embeddings.mask_token', 'mask_token')
 
 
-def backbone_cfg(config):
-    """The arguments of :class:`NEPAViT` for a published ``config.json``.
-
-    Args:
-        config (dict): The published fields.
-
-    Returns:
-        dict: Config with ``type='NEPAViT'``; the output is the one that the published
-        classifier reads (patch mean and ``fc_norm``, or the last token).
-
-    Raises:
-        ValueError: The activation has no counterpart here.
-    """
-    if config['hidden_act'] not in ACTIVATIONS:
-        raise ValueError(f'hidden_act {config["hidden_act"]!r} has no counterpart here; known are '
-                         f'{sorted(ACTIVATIONS)}.')
-    qk_norm = None
-    if config['qk_norm']:
-        affine = 'affine_bias' if config['qk_norm_bias'] else 'affine'
-        qk_norm = affine if config['qk_norm_affine'] else 'plain'
-    pooled = config['add_pooling_layer']
-    return dict(
-        type='NEPAViT',
-        arch=dict(embed_dims=config['hidden_size'], num_layers=config['num_hidden_layers'],
-                  num_heads=config['num_attention_heads'],
-                  feedforward_channels=config['intermediate_size']),
-        patch_size=config['patch_size'], in_channels=config['num_channels'],
-        causal=config['is_causal'], qkv_bias=config['qkv_bias'], qk_norm=qk_norm,
-        gated_mlp=config['use_gated_mlp'], act_cfg=ACTIVATIONS[config['hidden_act']],
-        layer_scale_init_value=config['layerscale_value'], norm_eps=config['layer_norm_eps'],
-        drop_rate=config['hidden_dropout_prob'],
-        attn_drop_rate=config['attention_probs_dropout_prob'],
-        drop_path_rate=config['drop_path_prob'], rope_theta=config['rope_theta'],
-        rope_shift=config['pos_embed_shift'], rope_jitter=config['pos_embed_jitter'],
-        rope_rescale=config['pos_embed_rescale'], remainder='drop',
-        out_type='avg_featmap' if pooled else 'last_token', fc_norm=pooled)
-
-
-def _rename(key, names):
+def rename(key, names):
     """Translate by a table of templates, keeping the block's number and the last part."""
     for source, target in names.items():
         match = re.fullmatch(re.escape(source).replace(r'\{\}', r'(\d+)') + r'(\.weight|\.bias|)',
@@ -86,6 +41,43 @@ def _rename(key, names):
             *number, parameter = match.groups()
             return target.format(*number) + parameter
     raise ValueError(f'The tensor {key} belongs to no NEPA model.')
+
+
+def match_names(keys, to):
+    """Which published tensors make up which of ours.
+
+    Args:
+        keys (Iterable[str]): Names of the tensors in the file.
+        to (str): 'mm': the names are published ones; 'hf': they are ours.
+
+    Returns:
+        dict[str, list[str]]: For each of our names the published one, or the three
+        of query, key and value. What is in ``DROPPED`` is left out.
+
+    Raises:
+        ValueError: A name belongs to no NEPA model, or a query, key or value is missing.
+    """
+    keys = [key for key in keys if key not in DROPPED]
+    gated = any('.gate_proj.' in key or '.fc1_g.' in key for key in keys)
+    names = {'vit_nepa.' + k: 'backbone.' + v + '_x' * (gated and k.endswith('up_proj'))
+             for k, v in NAMES.items()} | OUTER
+    if to == 'hf':
+        back = {v: k for k, v in names.items()}
+        query = {QKV[1]: QKV[0]}
+        return {key: [rename(key, query).replace('.query.', f'.{part}.') for part in PARTS]
+                if '.attn.qkv.' in key else [rename(key, back)] for key in keys}
+    pairs = {}
+    for key in keys:
+        qkv = re.search(r'\.attention\.attention\.(query|key|value)\.', key)
+        if not qkv:
+            pairs[rename(key, names)] = [key]
+            continue
+        parts = [key.replace(f'.{qkv[1]}.', f'.{part}.') for part in PARTS]
+        missing = [part for part in parts if part not in keys]
+        if missing:
+            raise ValueError(f'The tensor {missing[0]} is missing beside {key}.')
+        pairs[rename(parts[0], dict([QKV]))] = parts
+    return pairs
 
 
 def from_published(state_dict):
@@ -99,23 +91,11 @@ def from_published(state_dict):
         dict[str, Tensor]: Keys below ``backbone.``, and ``head.fc`` of a classifier.
 
     Raises:
-        ValueError: A key is unknown, or a query, key or value is missing.
+        ValueError: See :func:`match_names`.
     """
-    gated = any('.gate_proj.' in key for key in state_dict)
-    names = {'vit_nepa.' + k: 'backbone.' + v + '_x' * (gated and k.endswith('up_proj'))
-             for k, v in NAMES.items()} | OUTER
-    packed, out = {part: 'backbone.layers.{}.attn.qkv' for part in QKV}, {}
-    for key, tensor in state_dict.items():
-        qkv = re.search(r'\.attention\.attention\.(query|key|value)\.', key)
-        if not qkv:
-            out[_rename(key, names)] = tensor
-        elif qkv[1] == 'query':
-            parts = [key.replace('.query.', f'.{part}.') for part in ('query', 'key', 'value')]
-            missing = [part for part in parts if part not in state_dict]
-            if missing:
-                raise ValueError(f'The tensor {missing[0]} is missing beside {key}.')
-            out[_rename(key, packed)] = torch.cat([state_dict[part] for part in parts])
-    return out
+    return {ours: torch.cat([state_dict[part] for part in parts]) if parts[1:]
+            else state_dict[parts[0]]
+            for ours, parts in match_names(state_dict, 'mm').items()}
 
 
 def to_published(state_dict):
@@ -128,16 +108,67 @@ def to_published(state_dict):
         dict[str, Tensor]: Keys as published.
 
     Raises:
-        ValueError: A key has no published counterpart.
+        ValueError: See :func:`match_names`.
     """
-    names = {'backbone.' + v: 'vit_nepa.' + k for k, v in NAMES.items()}
-    names['backbone.layers.{}.mlp.fc1_x'] = names['backbone.layers.{}.mlp.fc1']
-    names |= {v: k for k, v in OUTER.items()}
-    out = {}
+    return {part: tensor
+            for ours, parts in match_names(state_dict, 'hf').items()
+            for part, tensor in zip(parts, state_dict[ours].chunk(len(parts)))}
+
+
+def fit(state_dict, model):
+    """Check that tensors are exactly those of a model; missing QK-norms start as no-ops.
+
+    Args:
+        state_dict (dict[str, Tensor]): In our names; the missing weights (one) and
+            biases (zero) of QK-norm are added in place.
+        model (dict): Config of the model.
+
+    Returns:
+        list[str]: The names that were added.
+
+    Raises:
+        ValueError: Another tensor is missing, one is unknown to the model, or one has
+            another shape; the message names it.
+    """
+    with torch.device('meta'), DefaultScope.overwrite_default_scope('mmpretrain'):
+        wanted = MODELS.build(model).state_dict()
+    new = [key for key in wanted if key not in state_dict]
+    for key in new:
+        if not re.search(r'\.[qk]_norm\.', key):
+            raise ValueError(f'The file has no tensor {key}, which the network of its config has.')
     for key, tensor in state_dict.items():
-        if '.attn.qkv.' in key:
-            for name, part in zip(QKV, tensor.chunk(3)):
-                out[_rename(key, {'backbone.layers.{}.attn.qkv': name})] = part.contiguous()
-        else:
-            out[_rename(key, names)] = tensor
+        if key not in wanted:
+            raise ValueError(f'The tensor {key} is in the file, but not in the network of its '
+                             'config.')
+        if tensor.shape != wanted[key].shape:
+            raise ValueError(f'The tensor {key} has shape {tuple(tensor.shape)}, but the network '
+                             f'of its config needs {tuple(wanted[key].shape)}.')
+    dtype = next(iter(state_dict.values())).dtype
+    for key in new:
+        state_dict[key] = torch.full(wanted[key].shape, float(key.endswith('weight')), dtype=dtype)
+    return new
+
+
+def fold_layer_scale(state_dict):
+    """Multiply LayerScale into the projections before it; the outputs stay the same.
+
+    Args:
+        state_dict (dict[str, Tensor]): In our names, with LayerScale.
+
+    Returns:
+        dict[str, Tensor]: Without it, for ``layer_scale_init_value=None``.
+
+    Raises:
+        ValueError: There is no LayerScale.
+    """
+    out = dict(state_dict)
+    gammas = [key for key in state_dict if re.search(r'\.ls[12]\.gamma$', key)]
+    if not gammas:
+        raise ValueError('There is no LayerScale to fold.')
+    for key in gammas:
+        gamma = out.pop(key).double()
+        layer = key.replace('ls1.gamma', 'attn.proj').replace('ls2.gamma', 'mlp.fc2')
+        weight, bias = out[f'{layer}.weight'], out[f'{layer}.bias']
+        out[f'{layer}.weight'] = (gamma[:, None] * weight.double()).to(weight.dtype)
+        out[f'{layer}.bias'] = (gamma * bias.double()).to(bias.dtype)
     return out

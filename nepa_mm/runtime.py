@@ -44,7 +44,7 @@ def one_sentence_errors():
     """
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f'error: {error}', file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -91,7 +91,7 @@ def set_start(cfg, resume=None):
         FileNotFoundError: If a checkpoint to resume or to load (``load_from``, or an ``init_cfg``
             of type 'Pretrained') does not exist.
     """
-    for node in _dicts(cfg.model):
+    for node in dicts(cfg.model):
         if node.get('type') == 'Pretrained':
             check_checkpoint(node['checkpoint'], "init_cfg of type 'Pretrained'")
     if resume not in (None, False, 'auto'):
@@ -109,12 +109,13 @@ def set_start(cfg, resume=None):
 
 
 def check_checkpoint(path, what):
-    """Refuse a checkpoint file that does not exist; addresses (``https://``) are left alone.
+    """Refuse a checkpoint that does not exist; addresses (``https://``) are left alone.
 
     Raises:
-        FileNotFoundError: If ``path`` is no file; the message names ``what`` asked for it.
+        FileNotFoundError: If ``path`` is no file and no folder; the message names ``what`` asked
+            for it.
     """
-    if '://' not in path and not os.path.isfile(path):
+    if '://' not in path and not os.path.exists(path):
         raise FileNotFoundError(f'no checkpoint file {path!r}, which was given as {what}.')
 
 
@@ -132,7 +133,7 @@ def check_data(cfg, *loaders):
         FileNotFoundError: With the path that was tried and the layout expected there.
     """
     for name in loaders:
-        for dataset in _dicts((cfg.get(name) or {}).get('dataset', {})):
+        for dataset in dicts((cfg.get(name) or {}).get('dataset', {})):
             kind = str(dataset.get('type')).rpartition('.')[2]
             if 'data_prefix' not in dataset and kind not in ('ImageNet', 'CustomDataset'):
                 continue
@@ -237,6 +238,9 @@ def _fill_dataloaders(cfg):
         if loader:
             for key, value in defaults.items():
                 loader.setdefault(key, value)
+            if isinstance(loader.get('collate_fn'), dict):
+                # mmengine passes what an inherited `package::` config adds on to the function
+                loader.collate_fn.pop('_scope_', None)
             # Workers that restart get the same seeds, hence the same augmentations, every epoch.
             has_workers = loader.get('num_workers', 0) > 0
             loader.persistent_workers = has_workers and loader.get('persistent_workers', True)
@@ -277,7 +281,7 @@ def _prepare_cpu_group(cfg):
         find_unused_parameters=cfg.get('find_unused_parameters', False))
     cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
     notes = [f'No GPU: {distributed.get_world_size()} processes on the CPU, through gloo.']
-    layers = [node for node in _dicts(cfg.model) if node.get('type') == 'SyncBN']
+    layers = [node for node in dicts(cfg.model) if node.get('type') == 'SyncBN']
     for node in layers:
         node['type'] = 'BN'
     if layers:
@@ -286,7 +290,7 @@ def _prepare_cpu_group(cfg):
     return notes
 
 
-def _dicts(node):
+def dicts(node):
     """Every dict in a nested config, outermost first."""
     if isinstance(node, dict):
         yield node
@@ -294,4 +298,4 @@ def _dicts(node):
     elif not isinstance(node, (list, tuple)):
         return
     for child in node:
-        yield from _dicts(child)
+        yield from dicts(child)

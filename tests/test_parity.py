@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from safetensors.torch import load_file
 
-from nepa_mm.convert import backbone_cfg, from_published, to_published
+from nepa_mm.convert import from_published, to_published
+from nepa_mm.convert_config import backbone_cfg
 from nepa_mm.nepa import NEPA
 
 CASES = sorted((Path(__file__).parent / 'parity' / 'cases').iterdir())

@@ -12,13 +12,16 @@ from mmengine.config import DictAction
 from mmengine.evaluator import DumpResults
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
+from nepa_mm.checkpoint import load_pretrained, locate
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        'checkpoint', help='.pth or .safetensors file, folder with published weights, or '
+        'hf://owner/name[@revision]')
     parser.add_argument(
         '--work-dir', help='where logs and metrics go (default: work_dirs/<config name>)')
     parser.add_argument(
@@ -55,7 +58,7 @@ def merge_args(cfg, args):
                          'a fine-tuned checkpoint with its config under configs/classification '
                          'or configs/segmentation.')
     runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
-    cfg.load_from, cfg.resume = args.checkpoint, False
+    cfg.load_from, cfg.resume = locate(args.checkpoint), False
     if args.show_dir:
         show_predictions(cfg, args.show_dir)
     if args.tta:
@@ -93,6 +96,17 @@ def augment(cfg):
     cfg.model = dict(cfg.tta_model, module=cfg.model)
 
 
+def check_weights(model, checkpoint):
+    """Refuse to test a network of which a part would keep its initial values."""
+    while hasattr(model, 'module'):     # of DistributedDataParallel and of test-time augmentation
+        model = model.module
+    _, new, _ = load_pretrained(model, checkpoint)
+    new = [name for name in new if '.q_norm.' not in name and '.k_norm.' not in name]   # no-ops
+    if new:
+        raise ValueError(f'{checkpoint} lacks what the config has, and what nobody trained cannot '
+                         f'be tested: {", ".join(new)}.')
+
+
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the metrics."""
     args = parse_args(argv)
@@ -101,6 +115,7 @@ def main(argv=None):
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
         runner = runtime.build_runner(cfg)
+        check_weights(runner.model, cfg.load_from)
         if args.out and args.out_item == 'pred' and not is_segmentation(cfg):
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     metrics = runner.test()

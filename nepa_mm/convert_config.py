@@ -1,0 +1,165 @@
+"""The published ``config.json`` and our model configs, each from the other: pure functions."""
+from inspect import signature
+
+from mmengine.registry import MODELS
+
+ACTIVATIONS = {
+    **dict.fromkeys(['gelu', 'gelu_python'], dict(type='GELU')),
+    **dict.fromkeys(['gelu_pytorch_tanh', 'gelu_new', 'gelu_python_tanh', 'gelu_fast',
+                     'gelu_accurate'], dict(type='GELU', approximate='tanh')),
+    **dict.fromkeys(['silu', 'swish'], dict(type='SiLU')),
+    'quick_gelu': dict(type='timm.layers.QuickGELU'), 'mish': dict(type='torch.nn.Mish'),
+    'relu': dict(type='ReLU'), 'relu6': dict(type='ReLU6'), 'leaky_relu': dict(type='LeakyReLU'),
+    'sigmoid': dict(type='Sigmoid'), 'tanh': dict(type='Tanh'),
+    'linear': dict(type='torch.nn.Identity'),
+}
+QK_NORM = {None: {}, 'plain': dict(qk_norm=True), 'affine': dict(qk_norm=True, qk_norm_affine=True),
+           'affine_bias': dict(qk_norm=True, qk_norm_affine=True, qk_norm_bias=True)}
+# the fields of a published config.json, with the value that a missing one stands for
+DEFAULTS = dict(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+    use_gated_mlp=False, hidden_act='gelu', hidden_dropout_prob=0., attention_probs_dropout_prob=0.,
+    layer_norm_eps=1e-12, rope_theta=100., image_size=224, patch_size=16, num_channels=3,
+    qkv_bias=True, qk_norm=False, qk_norm_bias=False, qk_norm_affine=False, layerscale_value=1e-5,
+    drop_path_prob=0., add_pooling_layer=False, is_causal=True, pos_embed_shift=None,
+    pos_embed_jitter=None, pos_embed_rescale=2.)
+NULLABLE = ('layerscale_value', 'pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale')
+# our argument -> the field that means the same
+FIELDS = dict(
+    patch_size='patch_size', in_channels='num_channels', causal='is_causal', qkv_bias='qkv_bias',
+    gated_mlp='use_gated_mlp', layer_scale_init_value='layerscale_value', norm_eps='layer_norm_eps',
+    drop_rate='hidden_dropout_prob', attn_drop_rate='attention_probs_dropout_prob',
+    drop_path_rate='drop_path_prob', rope_theta='rope_theta', rope_shift='pos_embed_shift',
+    rope_jitter='pos_embed_jitter', rope_rescale='pos_embed_rescale')
+ARCH_FIELDS = dict(embed_dims='hidden_size', num_layers='num_hidden_layers',
+                   num_heads='num_attention_heads', feedforward_channels='intermediate_size')
+
+
+def complete_config(config):
+    """A published ``config.json`` with the format's defaults for the fields that are missing.
+
+    Args:
+        config (dict): The published fields. Fields that are not in ``DEFAULTS`` are kept.
+
+    Returns:
+        dict: ``config`` and the missing fields.
+
+    Raises:
+        ValueError: It describes another kind of model, or a field has a value of a
+            kind that the format does not know; the message names the field.
+    """
+    if config.get('model_type', 'vit_nepa') != 'vit_nepa':
+        raise ValueError(f'model_type {config["model_type"]!r} is another architecture; only '
+                         "'vit_nepa' can be converted.")
+    full = DEFAULTS | config
+    for key, default in DEFAULTS.items():
+        kind = (type(default),) if isinstance(default, (bool, str)) else (int, float)
+        values = full[key] if isinstance(full[key], list) and key.endswith('_size') else [full[key]]
+        for value in values:
+            if not (isinstance(value, kind) and (bool in kind) == isinstance(value, bool)
+                    or value is None and key in NULLABLE):
+                raise ValueError(f'{key} cannot be {full[key]!r} in a published config; its '
+                                 f'default is {default!r}.')
+    if full['hidden_act'] not in ACTIVATIONS:
+        raise ValueError(f'hidden_act {full["hidden_act"]!r} has no counterpart here; known are '
+                         f'{sorted(ACTIVATIONS)}.')
+    return full
+
+
+def backbone_cfg(config):
+    """The arguments of :class:`NEPAViT` for a published ``config.json``.
+
+    Args:
+        config (dict): The published fields, see :func:`complete_config`.
+
+    Returns:
+        dict: Config with ``type='NEPAViT'``; the output is the one that the published
+        classifier reads (patch mean and ``fc_norm``, or the last token).
+
+    Raises:
+        ValueError: See :func:`complete_config`.
+    """
+    config = complete_config(config)
+    qk_norm = None
+    if config['qk_norm']:
+        affine = 'affine_bias' if config['qk_norm_bias'] else 'affine'
+        qk_norm = affine if config['qk_norm_affine'] else 'plain'
+    pooled = config['add_pooling_layer']
+    return dict(
+        type='NEPAViT', arch={ours: config[field] for ours, field in ARCH_FIELDS.items()},
+        **{ours: config[field] for ours, field in FIELDS.items()},
+        qk_norm=qk_norm, act_cfg=ACTIVATIONS[config['hidden_act']], remainder='drop',
+        out_type='avg_featmap' if pooled else 'last_token', fc_norm=pooled)
+
+
+def model_cfg(config, num_classes=None):
+    """The model for a published ``config.json``: :class:`NEPA`, or a classifier.
+
+    Args:
+        config (dict): The published fields, see :func:`complete_config`.
+        num_classes (int, optional): Classes of a classifier, None for the pretraining
+            model. Defaults to None.
+
+    Returns:
+        dict: Config of ``NEPA`` or of mmpretrain's ``ImageClassifier``, without a
+        data preprocessor.
+    """
+    backbone = backbone_cfg(config)
+    if num_classes is None:
+        backbone.update(out_type='raw', fc_norm=False)
+        return dict(type='NEPA', backbone=backbone, head=dict(type='NEPAHead'))
+    head = dict(type='LinearClsHead', num_classes=num_classes, in_channels=config['hidden_size'])
+    return dict(type='ImageClassifier', backbone=backbone, head=head)
+
+
+def published_config(model, stored=None):
+    """The published ``config.json`` for a model of ours; the inverse of :func:`model_cfg`.
+
+    Args:
+        model (dict): Config of ``NEPA`` or of an ``ImageClassifier``.
+        stored (dict, optional): The published fields that the model came from. They
+            are kept where they say the same. Defaults to None.
+
+    Returns:
+        dict: The published fields.
+
+    Raises:
+        ValueError: An option has no published counterpart; the message names it.
+    """
+    classifier = model['type'].rpartition('.')[2] == 'ImageClassifier'
+    vit = MODELS.get('NEPAViT')
+    args = {name: p.default for name, p in signature(vit).parameters.items()} | model['backbone']
+    arch = vit.arch_zoo[args['arch'].lower()] if isinstance(args['arch'], str) else args['arch']
+    acts = [name for name, cfg in ACTIVATIONS.items() if cfg == args['act_cfg']]
+    refused = dict(act_cfg=not acts, final_norm=not args['final_norm'])
+    if classifier:
+        read_outs = [('avg_featmap', True), ('last_token', False)]
+        refused.update(
+            out_type=(args['out_type'], bool(args['fc_norm'])) not in read_outs,
+            out_indices=args['out_indices'] not in (-1, arch['num_layers'] - 1),
+            neck=model.get('neck') is not None)
+    for name, wrong in refused.items():
+        if wrong:
+            hint = ' with this fc_norm' if name == 'out_type' else ''
+            value = args.get(name, model.get(name))
+            raise ValueError(f'{name}={value!r}{hint} cannot be expressed in the published format.')
+    base = DEFAULTS | dict(
+        model_type='vit_nepa',
+        architectures=[f'ViTNepaFor{"ImageClassification" if classifier else "PreTraining"}'])
+    if classifier:
+        labels = {str(i): f'LABEL_{i}' for i in range(model['head']['num_classes'])}
+        base.update(id2label=labels, label2id={name: int(i) for i, name in labels.items()})
+    config = {ARCH_FIELDS[ours]: value for ours, value in arch.items()}
+    config |= {field: args[ours] for ours, field in FIELDS.items()}
+    config |= dict(qk_norm=False, qk_norm_affine=False, qk_norm_bias=False) | QK_NORM[
+        args['qk_norm']]
+    if classifier:
+        config['add_pooling_layer'] = bool(args['fc_norm'])
+    if not stored:
+        return base | config | dict(hidden_act=acts[0])
+    if stored.get('hidden_act', DEFAULTS['hidden_act']) not in acts:
+        config['hidden_act'] = acts[0]
+    same = DEFAULTS | stored
+    if same['qk_norm'] and config['qk_norm']:   # qk_norm_bias means nothing without qk_norm_affine
+        same['qk_norm_bias'] &= same['qk_norm_affine']
+    return stored | {key: value for key, value in config.items() if same[key] != value}
