@@ -5,7 +5,7 @@
 # In an environment with the original OpenMMLab packages: make test VENV=path EXTRAS=openmmlab,test
 VENV ?= .venv
 PYTHON ?= python3
-EXTRAS ?= mm,test
+EXTRAS ?= mm,test,export
 PY = $(VENV)/bin/python
 INSTALLED = $(VENV)/.nepa_mm
 

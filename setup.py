@@ -27,6 +27,7 @@ setup(
     extras_require=dict(
         mm=list(STACK['CURRENT'].values()),
         openmmlab=[*STACK['CLASSIC'].values(), 'setuptools>=77,<82'],  # mmengine uses pkg_resources
+        export=['onnx', 'onnxruntime', 'onnxscript'],
         test=['matplotlib', 'pytest', 'ruff', 'scikit-learn', 'setuptools>=77',
               'tensorboard']),
 )

@@ -9,3 +9,5 @@ stack.register()
 
 # each of these registers what is its own
 from . import augment, backbone, datasets, heads, hooks, nepa, optim  # noqa: E402, F401
+
+stack.register_models()

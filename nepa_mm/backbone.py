@@ -264,7 +264,7 @@ class NEPAViT(BaseBackbone):
             token first; the last block's are normalised if ``final_norm``.
         """
         out_indices = self._resolve(out_indices)
-        cls_token = self.cls_token.expand(len(z), -1, -1)
+        cls_token = self.cls_token.expand(z.shape[0], -1, -1)       # len() would fix it in exports
         x = torch.cat((cls_token, z.to(cls_token.dtype)), dim=1)    # fp32 residual stream
         x = self.drop(x)
         sin, cos = self.rope(grid, self.num_extra_tokens, x.device)

@@ -1,8 +1,6 @@
 """Reading weights of any origin, writing them whole, and starting a network from them."""
-import hashlib
 import json
 import os
-import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .convert import from_published
+from .hub import download
 
 WEIGHTS = (None, 'ema', 'raw')
 PUBLISHED_FILES = dict(raw=('model.safetensors', 'pytorch_model.bin'),
@@ -50,52 +49,6 @@ def locate(path, weights=None):
         if (folder / name).is_file():
             return str(folder / name)
     raise FileNotFoundError(f'The folder {path} has no {" and no ".join(names)}.')
-
-
-def download(address, names):
-    """Fetch the first of some files that a repository on the Hugging Face Hub has.
-
-    Args:
-        address (str): ``hf://owner/name[@revision]``.
-        names (Sequence[str]): Names of the files, the preferred one first.
-
-    Returns:
-        str: Path of the file in huggingface_hub's cache; its SHA-256 has been checked.
-
-    Raises:
-        ValueError: See :func:`locate`.
-    """
-    from huggingface_hub import errors, hf_hub_download
-    match = re.fullmatch(r'hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?', address)
-    if not match:
-        raise ValueError(f'{address} is no address of the form hf://owner/name[@revision].')
-    for name in names:
-        try:
-            file = hf_hub_download(match[1], name, revision=match[2])
-        except errors.LocalEntryNotFoundError as error:
-            raise ValueError(f'{address} cannot be downloaded, since the Hugging Face Hub does not '
-                             'answer, and is not in the local cache.') from error
-        except errors.EntryNotFoundError:
-            continue
-        except (OSError, ValueError) as error:      # no such repository, no permission, ...
-            reason = str(error).strip().split('\n')[0]
-            raise ValueError(f'{address} cannot be downloaded: {reason}') from error
-        # the cache names a large file by its SHA-256
-        expected = Path(file).resolve().name
-        if re.fullmatch('[0-9a-f]{64}', expected) and sha256(file) != expected:
-            raise ValueError(f'{file}, downloaded from {address}, is damaged: its SHA-256 is not '
-                             f'{expected}; delete it and try again.')
-        return file
-    raise ValueError(f'{address} has no {" and no ".join(names)}.')
-
-
-def sha256(path):
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_checkpoint(path, map_location='cpu', weights=None):
@@ -194,17 +147,26 @@ def written_whole(path):
         temporary.unlink(missing_ok=True)
 
 
-def save_weights(state_dict, path, **meta):
+def save_weights(state_dict, path, for_transformers=False, **meta):
     """Write a ``.safetensors`` file that :func:`read_checkpoint` understands.
 
     Args:
         state_dict (dict[str, Tensor]): The tensors.
         path (str): The file.
+        for_transformers (bool): Whether to add the entry that transformers asks for. Without
+            it equal content gives equal bytes: safetensors shuffles entries. Defaults to
+            False.
         **meta: What ``checkpoint['meta']`` will hold: values that JSON knows.
+
+    Raises:
+        FileExistsError: The file exists.
     """
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state_dict.items()}
+    entries = dict(nepa_mm=json.dumps(meta))
+    if for_transformers:
+        entries['format'] = 'pt'
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, dict(format='pt', nepa_mm=json.dumps(meta)))
+        save_file(tensors, temporary, entries)
 
 
 def select_weights(checkpoint, weights=None, name='the checkpoint'):
@@ -290,3 +252,23 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
               f'{", ".join(new) or "none"}. In the file, without a place: '
               f'{", ".join(unused) or "none"}.', logger='current')
     return matched, new, unused
+
+
+def load_all(model, checkpoint):
+    """Load a whole model, as is needed before it predicts anything.
+
+    Args:
+        model (nn.Module): The network, or a wrapper with the network as ``module``.
+        checkpoint (str): See :func:`read_checkpoint`.
+
+    Raises:
+        ValueError: A tensor is missing or has another shape. The weights of QK-norm
+            may be missing; they do nothing at their initial value.
+    """
+    while hasattr(model, 'module'):     # of DistributedDataParallel and of test-time augmentation
+        model = model.module
+    _, new, _ = load_pretrained(model, checkpoint)
+    new = [name for name in new if '.q_norm.' not in name and '.k_norm.' not in name]
+    if new:
+        raise ValueError(f'{checkpoint} lacks what the config has, and what was never trained '
+                         f'cannot predict: {", ".join(new)}.')

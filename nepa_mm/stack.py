@@ -6,6 +6,7 @@ tables below, so what is asked for at installation is what is checked at import.
 """
 import re
 from importlib import import_module, metadata, util
+from pathlib import Path
 
 CORE = {    # module: requirement
     'torch': 'torch>=2.5',
@@ -122,3 +123,11 @@ def register():
     else:
         MODULE2PACKAGE.update(
             {module: name_of(CURRENT[module]) for module in ('mmpretrain', 'mmseg')})
+
+
+def register_models():
+    """Let mmpretrain's ``list_models`` and ``get_model`` find the models of model-index.yml."""
+    from mmpretrain.apis.model import ModelHub
+    folder = Path(__file__).parent / '.mim'
+    if not ModelHub.has('nepa_vit-b'):
+        ModelHub.register_model_index(folder / 'model-index.yml', config_prefix=folder)

@@ -1,14 +1,28 @@
 """Starting from another run: what is read, chosen, matched, reported and refused."""
+import json
 import pickle
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+from mmengine.runner import CheckpointLoader
+from safetensors.torch import load_file, save_file
 
 from nepa_mm.backbone import NEPAViT
-from nepa_mm.checkpoint import load_pretrained, read_checkpoint, select_weights
+from nepa_mm.checkpoint import (
+    load_pretrained,
+    locate,
+    read_checkpoint,
+    save_weights,
+    select_weights,
+    written_whole,
+)
+from nepa_mm.convert import to_published
+from nepa_mm.hub import sha256
 
 from .conftest import TINY
+from .tiny_runs import load_tool
 
 
 def vit(**kwargs):
@@ -109,3 +123,141 @@ def test_a_refused_checkpoint_changes_nothing(trained):
     with pytest.raises(ValueError):
         load_pretrained(model, trained[0], 'backbone.')
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder as published, with raw and averaged weights, and the two models."""
+    raw, ema = vit(), vit()
+    folder = tmp_path / 'published'
+    folder.mkdir()
+    (folder / 'config.json').write_text('{}')
+    save_file({k: v.clone() for k, v in to_published(weights_of(raw)).items()},
+              folder / 'model.safetensors')
+    torch.save(to_published(weights_of(ema)), folder / 'pytorch_model_ema.bin')
+    return folder, raw, ema
+
+
+@pytest.mark.parametrize('weights', [None, 'raw', 'ema'])
+@pytest.mark.parametrize('file', ['', 'model.safetensors', 'pytorch_model_ema.bin'])
+def test_published(published, file, weights):
+    """init_cfg takes a published folder or file; a file holds one of the two sets."""
+    folder, raw, ema = published
+    only = dict([('model.safetensors', 'raw'), ('pytorch_model_ema.bin', 'ema')]).get(file)
+    model = vit(init_cfg=dict(type='Pretrained', checkpoint=str(folder / file),
+                              prefix='backbone.', weights=weights))
+    if only and weights not in (None, only):
+        with pytest.raises(ValueError, match=f"weights='{weights}' is not in it"):
+            model.init_weights()
+        return
+    model.init_weights()
+    expected = (ema if (only or weights) == 'ema' else raw).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def test_mmengine_loads_them(published):
+    """So `load_from`, get_model(pretrained=...) and the inferencers do."""
+    folder, raw, _ = published
+    for name in ('model.safetensors', 'pytorch_model_ema.bin'):
+        tensors = CheckpointLoader.load_checkpoint(str(folder / name), 'cpu')['state_dict']
+        assert tensors.keys() == weights_of(raw).keys()
+
+
+def test_incomplete_folders(published):
+    folder, _, _ = published
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='no model.safetensors and no pytorch_model.bin'):
+        locate(folder)
+    (folder / 'config.json').unlink()
+    with pytest.raises(FileNotFoundError, match='has no config.json'):
+        read_checkpoint(folder)
+
+
+@pytest.fixture
+def hub(published, tmp_path, monkeypatch):
+    """A cache as huggingface_hub lays it out: large files are links to blobs named by hash."""
+    folder, _, _ = published
+
+    def hf_hub_download(repo, name, revision=None):
+        if (repo, revision) != ('owner/nepa', 'v1') or not (folder / name).exists():
+            raise huggingface_hub.errors.EntryNotFoundError(name)
+        blob = tmp_path / 'blobs' / sha256(folder / name)
+        blob.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / name, blob)
+        link = tmp_path / 'snapshot' / name
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(blob)
+        return str(link)
+
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', hf_hub_download)
+    return tmp_path / 'snapshot'
+
+
+def test_hub(hub, published, monkeypatch):
+    _, raw, ema = published
+    for weights, model in (('raw', raw), ('ema', ema)):
+        tensors = read_checkpoint('hf://owner/nepa@v1', weights=weights)['state_dict']
+        assert all(torch.equal(tensors[key], value) for key, value in weights_of(model).items())
+    tensors = CheckpointLoader.load_checkpoint('hf://owner/nepa@v1', 'cpu')['state_dict']
+    assert torch.equal(tensors['backbone.cls_token'], raw.cls_token)
+
+    with pytest.raises(ValueError, match='has no model.safetensors and no pytorch_model.bin'):
+        locate('hf://owner/other')
+    with pytest.raises(ValueError, match='no address of the form hf://owner/name'):
+        locate('hf://nepa')
+    original = huggingface_hub.hf_hub_download
+
+    def damaged(*args, **kwargs):
+        file = original(*args, **kwargs)
+        with open(file, 'r+b') as opened:
+            opened.write(b'x')
+        return file
+
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', damaged)
+    with pytest.raises(ValueError, match='is damaged: its SHA-256 is not'):
+        locate('hf://owner/nepa@v1')
+
+
+def test_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    with pytest.raises(ValueError, match='the Hugging Face Hub does not answer'):
+        read_checkpoint('hf://owner/nepa')
+
+
+def test_written_whole(tmp_path):
+    with pytest.raises(RuntimeError), written_whole(tmp_path / 'a') as file:
+        file.write_text('half')
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    save_weights(dict(w=torch.ones(1)), tmp_path / 'a.safetensors', epoch=3)
+    assert read_checkpoint(tmp_path / 'a.safetensors')['meta'] == dict(epoch=3)
+    with pytest.raises(FileExistsError, match='exists already'):
+        save_weights(dict(w=torch.zeros(1)), tmp_path / 'a.safetensors')
+    assert read_checkpoint(tmp_path / 'a.safetensors')['state_dict']['w'] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['a.safetensors']
+
+
+@pytest.mark.parametrize('weights, which', [(None, 0), ('ema', 0), ('raw', 1)])
+def test_publish_model(trained, tmp_path, weights, which):
+    """Weights and what describes them stay, the state of the run goes."""
+    path, *models = trained
+    publish = load_tool('publish_model').main
+    run = torch.load(path) | dict(optimizer=dict(lr=1.), message_hub={}, param_schedulers=[])
+    run['meta'] = dict(cfg="model = dict(type='NEPA')", epoch=7, seed=1,
+                       dataset_meta=dict(classes=['a', 'b']))
+    torch.save(run, path)
+    flags = ['--weights', weights] if weights else []
+    out = publish([str(path), str(tmp_path / 'nepa'), *flags])
+    assert out == publish([str(path), str(tmp_path / 'nepa'), *flags])      # same name, same bytes
+    name, _, digest = out.rpartition('-')
+    assert digest == sha256(out)[:8] + '.safetensors' and name[-8:].isdigit()
+    tensors, expected = load_file(out), weights_of(models[which])
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert read_checkpoint(out)['meta'] == dict(
+        weights=dict(state_dict=weights or 'ema'), model=dict(type='NEPA'), epoch=7,
+        dataset_meta=dict(classes=['a', 'b']))
+    assert json.dumps(read_checkpoint(out)['meta'])
+    assert len(list(tmp_path.glob('nepa*'))) == 1

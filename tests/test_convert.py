@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nepa_mm.checkpoint import read_checkpoint
@@ -90,6 +91,8 @@ def test_parity_cases(folder, classifier, tmp_path, capsys):
     convert([str(source), str(tmp_path / 'b.safetensors')])
     convert([str(tmp_path / 'b.safetensors'), str(tmp_path / 'c'), '--to', 'hf'])
     assert_equal(load_file(tmp_path / 'c' / 'model.safetensors'), weights)
+    with safe_open(tmp_path / 'c' / 'model.safetensors', 'pt') as file:
+        assert file.metadata()['format'] == 'pt'        # which transformers asks for
     assert json.loads((tmp_path / 'c' / 'config.json').read_text()) == config
     out = capsys.readouterr().out
     assert f'mapped: {len(weights)} published tensors' in out and 'dropped: none' in out
@@ -161,6 +164,7 @@ def test_pickles_and_ema(published, tmp_path):
         checkpoint = read_checkpoint(tmp_path / f'{name}.safetensors')
         assert_equal(checkpoint['state_dict'], from_published(expected))
         assert checkpoint['meta']['weights'] == dict(state_dict=name)
+        assert checkpoint['meta']['dataset_meta'] == dict(classes=['cat', 'dog'])
 
 
 def test_own_checkpoint(tmp_path):
@@ -223,7 +227,7 @@ test_evaluator = dict(topk=1)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run_test(['test.py', 'headless.safetensors'])
-    assert 'nobody trained cannot be tested: backbone.fc_norm.weight' in capsys.readouterr().err
+    assert 'never trained cannot predict: backbone.fc_norm.weight' in capsys.readouterr().err
 
 
 def refuse(capsys, *args):

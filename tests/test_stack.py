@@ -194,7 +194,9 @@ for name in MODULES:
 before = snapshot()
 import nepa_mm
 after = snapshot()
-print([key for key in before if after.get(key) is not before[key]])
+# CheckpointLoader.register_scheme copies its table: what was in it must still be
+print([key for key in before if after.get(key) is not before[key]
+       and not (key[-1] == '_schemes' and before[key].items() <= after[key].items())])
 """
 
 

@@ -17,7 +17,6 @@ from mmengine.config import Config
 
 from nepa_mm import runtime
 from nepa_mm.checkpoint import (
-    download,
     read_checkpoint,
     save_weights,
     select_weights,
@@ -26,6 +25,7 @@ from nepa_mm.checkpoint import (
 )
 from nepa_mm.convert import DROPPED, fit, fold_layer_scale, match_names, to_published
 from nepa_mm.convert_config import DEFAULTS, complete_config, model_cfg, published_config
+from nepa_mm.hub import download
 
 BASES = dict(NEPA='pretrain/nepa_vit-b.py', b='classification/nepa_vit-b_ft_in1k.py',
              l='classification/nepa_vit-l_ft_in1k.py')
@@ -140,11 +140,13 @@ def to_mm(args):
     if args.fold_layer_scale:
         state_dict = fold_layer_scale(state_dict)
         model['backbone']['layer_scale_init_value'] = None
+    labels = [config.get('id2label', {}).get(str(i)) for i in range(classes or 0)]
+    named = dict(dataset_meta=dict(classes=labels)) if labels and all(labels) else {}
     text, dst = config_text(model, config, args.src), Path(args.dst)
     with written_whole(dst.with_suffix('.py')) as file:
         file.write_text(text)
         save_weights(state_dict, dst, model=model, published=given, source=args.src,
-                     weights=dict(state_dict=weights_of(checkpoint)))
+                     weights=dict(state_dict=weights_of(checkpoint)), **named)
     report(match_names(names, 'mm'), new, [name for name in names if name in DROPPED], '->')
     print(f'wrote {dst} and {dst.with_suffix(".py")}')
 
@@ -167,8 +169,8 @@ def to_hf(args):
     new = fit(state_dict, model)
     config = published_config(model, (checkpoint.get('meta') or {}).get('published'))
     # config.json comes last: a folder without it is refused wherever weights are read
-    save_weights(to_published(state_dict), folder / 'model.safetensors', source=args.src,
-                 weights=dict(state_dict=weights or weights_of(checkpoint)))
+    save_weights(to_published(state_dict), folder / 'model.safetensors', for_transformers=True,
+                 source=args.src, weights=dict(state_dict=weights or weights_of(checkpoint)))
     with written_whole(folder / 'config.json') as file:
         file.write_text(json.dumps(config, indent=2) + '\n')
     report(match_names(state_dict, 'hf'), new, dropped, '<-')

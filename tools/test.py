@@ -12,7 +12,7 @@ from mmengine.config import DictAction
 from mmengine.evaluator import DumpResults
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
-from nepa_mm.checkpoint import load_pretrained, locate
+from nepa_mm.checkpoint import load_all, locate
 
 
 def parse_args(argv=None):
@@ -96,17 +96,6 @@ def augment(cfg):
     cfg.model = dict(cfg.tta_model, module=cfg.model)
 
 
-def check_weights(model, checkpoint):
-    """Refuse to test a network of which a part would keep its initial values."""
-    while hasattr(model, 'module'):     # of DistributedDataParallel and of test-time augmentation
-        model = model.module
-    _, new, _ = load_pretrained(model, checkpoint)
-    new = [name for name in new if '.q_norm.' not in name and '.k_norm.' not in name]   # no-ops
-    if new:
-        raise ValueError(f'{checkpoint} lacks what the config has, and what nobody trained cannot '
-                         f'be tested: {", ".join(new)}.')
-
-
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the metrics."""
     args = parse_args(argv)
@@ -115,7 +104,7 @@ def main(argv=None):
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
         runner = runtime.build_runner(cfg)
-        check_weights(runner.model, cfg.load_from)
+        load_all(runner.model, cfg.load_from)     # the Runner itself would only warn
         if args.out and args.out_item == 'pred' and not is_segmentation(cfg):
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     metrics = runner.test()

@@ -1,0 +1,108 @@
+"""Classify or segment images: top-5 classes printed, a picture of each written.
+
+    python tools/predict.py IMAGE... --model nepa_vit-b_ft_in1k
+        --checkpoint hf://SixAILab/nepa-base-patch14-224-sft
+    python tools/predict.py IMAGE... --model configs/segmentation/....py --checkpoint FILE.pth
+"""
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from mmengine.config import Config
+from mmpretrain import ImageClassificationInferencer
+from mmpretrain.apis.model import ModelHub
+from PIL import Image
+
+from nepa_mm import runtime
+from nepa_mm.checkpoint import load_all, locate
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('images', nargs='+', help='image files')
+    parser.add_argument('--model', required=True,
+                        help="name, as in mmpretrain.list_models('nepa*'), or config file")
+    parser.add_argument('--checkpoint', help='.pth or .safetensors file, folder with published '
+                        'weights, or hf://owner/name[@revision]; default: what the model index '
+                        'names for the model')
+    parser.add_argument('--out-dir', default='predictions', help='where pictures go')
+    parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
+    return parser.parse_args(argv)
+
+
+def read_model(args):
+    """Config and weight file of the model."""
+    if args.model.endswith('.py'):
+        cfg, weights = Config.fromfile(args.model), None
+    else:
+        info = ModelHub.get(args.model)
+        cfg, weights = info.config, info.weights
+    weights = args.checkpoint or weights
+    if not weights:
+        raise ValueError(f'The model index has no weights for {args.model}; give --checkpoint.')
+    if 'test_dataloader' not in cfg:
+        raise ValueError(f'{args.model} predicts neither classes nor segments: it has no '
+                         'test_dataloader, as a pretraining config.')
+    runtime.check_checkpoint(weights, '--checkpoint')
+    for node in runtime.dicts(cfg.model):
+        node.pop('init_cfg', None)      # the checkpoint has all of it
+    return cfg, locate(weights)
+
+
+def classify(infer, args):
+    for image, result in zip(args.images, infer(args.images)):
+        scores = result['pred_scores']
+        top = np.argsort(-scores)[:5]
+        names = [infer.classes[i] if infer.classes else f'class {i}' for i in top]
+        print(image)
+        for name, score in zip(names, scores[top]):
+            print(f'  {score:6.2%}  {name}')
+        fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
+        left.imshow(Image.open(image).convert('RGB'))
+        left.axis('off')
+        bars = right.barh([name.split(',')[0] for name in names], scores[top])
+        right.bar_label(bars, [f'{score:.1%}' for score in scores[top]], padding=3)
+        right.invert_yaxis()
+        right.set_xlim(0, 1.15)
+        right.set_xlabel('probability')
+        fig.savefig(Path(args.out_dir) / f'{Path(image).stem}.png')
+        plt.close(fig)
+
+
+def build(cfg, weights, device):
+    """The inferencer of the config's package, with all weights in place."""
+    if is_segmentation(cfg):
+        from mmseg.apis import MMSegInferencer
+        infer = MMSegInferencer(cfg, weights, device=device)
+    else:
+        infer = ImageClassificationInferencer(cfg, pretrained=weights, device=device)
+    load_all(infer.model, weights)      # the inferencers themselves would only warn
+    return infer
+
+
+def is_segmentation(cfg):
+    return cfg.get('default_scope') == 'mmseg'
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    matplotlib.use('Agg')
+    with runtime.one_sentence_errors():
+        for image in args.images:
+            if not Path(image).is_file():
+                raise FileNotFoundError(f'There is no image {image}.')
+        cfg, weights = read_model(args)
+        infer = build(cfg, weights, args.device)
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    if is_segmentation(cfg):
+        infer(args.images, out_dir=args.out_dir, img_out_dir='', pred_out_dir='labels')
+    else:
+        classify(infer, args)
+    print(f'pictures are in {args.out_dir}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,54 @@
+"""Make a checkpoint fit for giving away: weights only, named by date and hash.
+
+    python tools/publish_model.py work_dirs/nepa_vit-b/epoch_1600.pth nepa_vit-b [--weights raw]
+
+writes nepa_vit-b_{YYYYMMDD}-{first 8 characters of the SHA-256}.safetensors. Optimizer,
+schedules, message hub and the other set of weights stay behind; the config of the model, the
+class names and which weights these are go along.
+"""
+import argparse
+import datetime
+from pathlib import Path
+
+from mmengine.config import Config
+
+from nepa_mm import runtime
+from nepa_mm.checkpoint import read_checkpoint, save_weights, select_weights, weights_of
+from nepa_mm.hub import sha256
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoint', help='checkpoint file of a run')
+    parser.add_argument('out_prefix', help='path and name of the file, without date and suffix')
+    parser.add_argument('--weights', choices=['ema', 'raw'],
+                        help='which set; default: the average, if there is one')
+    return parser.parse_args(argv)
+
+
+def publish(args):
+    """Write the file and return its path."""
+    checkpoint = read_checkpoint(args.checkpoint)
+    state_dict = select_weights(checkpoint, args.weights, args.checkpoint)
+    meta = checkpoint.get('meta') or {}
+    kept = {key: meta[key] for key in ('model', 'dataset_meta', 'epoch', 'iter') if key in meta}
+    if 'cfg' in meta:
+        kept['model'] = Config.fromstring(meta['cfg'], '.py').model.to_dict()
+    which = args.weights or weights_of(checkpoint)
+    draft = Path(f'{args.out_prefix}_draft.safetensors')
+    save_weights(state_dict, draft, weights=dict(state_dict=which), **kept)
+    final = f'{args.out_prefix}_{datetime.date.today():%Y%m%d}-{sha256(draft)[:8]}.safetensors'
+    draft.rename(final)     # the content names it: what may be there already is the same
+    print(f'wrote {final}: the {which} weights, {len(state_dict)} tensors')
+    return final
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with runtime.one_sentence_errors():
+        return publish(args)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,63 @@
+"""Write the tables of the READMEs from the metafiles, or check that they agree.
+
+    python tools/readme_tables.py [--check]
+
+A table stands between `<!-- table: configs/pretrain/metafile.yml -->` and `<!-- end of table -->`
+and has the columns of the metafile: Metadata, Metrics, Source.
+"""
+import argparse
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r'(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)', re.S)
+
+
+def table(metafile, folder):
+    """The table of a metafile, with links relative to a folder."""
+    rows = []
+    for model in yaml.safe_load((ROOT / metafile).read_text())['Models']:
+        link = os.path.relpath(ROOT / model['Config'], folder)
+        row = {'Model': f'[{model["Name"]}]({link})', **model.get('Metadata', {})}
+        if 'Parameters' in row:
+            row['Parameters'] = f'{row["Parameters"] / 1e6:.1f} M'
+        for result in model.get('Results') or []:
+            row |= result['Metrics'] | {'Source': result.get('Source', '')}
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != 'Source'))
+    columns += ['Source'] * any('Source' in row for row in rows)
+    cells = [columns, ['---'] * len(columns), *([row.get(c, '–') for c in columns] for row in rows)]
+    return ''.join(f'| {" | ".join(map(str, row))} |\n' for row in cells)
+
+
+def render(readme):
+    """What a README should say."""
+    return MARKED.sub(lambda found: found[1] + table(found[2], readme.parent) + found[3],
+                      readme.read_text())
+
+
+def readmes():
+    """The READMEs with a table."""
+    found = [ROOT / 'README.md', *sorted(ROOT.glob('configs/*/README.md'))]
+    return [path for path in found if MARKED.search(path.read_text())]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='fail instead of writing')
+    args = parser.parse_args(argv)
+    for path in readmes():
+        text = render(path)
+        if text != path.read_text():
+            if args.check:
+                raise SystemExit(f'{path} differs from its metafile; '
+                                 'type: python tools/readme_tables.py')
+            path.write_text(text)
+
+
+if __name__ == '__main__':
+    main()
