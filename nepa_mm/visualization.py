@@ -1,7 +1,7 @@
 """Pictures of what a network does with an image: where a patch looks, what it predicts.
 
-First the computing (:func:`inspect_image`, which returns maps of one value per patch), then the
-drawing (:func:`draw_page`, :func:`draw_sheet`).
+First the computing (:func:`inspect_image`), then the drawing (:func:`draw_page`,
+:func:`draw_sheet`).
 """
 import textwrap
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image, ImageOps
 
 from .checkpoint import written_whole
 
@@ -50,39 +49,16 @@ class View:
     lift: np.ndarray | None = None
 
 
-def fit_image(image, size, patch_size):
-    """Resize an image to a whole number of patches with its aspect kept.
-
-    Args:
-        image (PIL.Image): Any size.
-        size (int): Its short side in pixels, rounded to whole patches.
-        patch_size (tuple[int, int]): Height and width of a patch in pixels.
-
-    Returns:
-        PIL.Image: What is left over, less than half a patch at either end, is cut off.
-
-    Raises:
-        ValueError: ``size`` is less than two patches.
-    """
-    if size < 2 * max(patch_size):
-        raise ValueError(f'The short side must have at least two patches, {2 * max(patch_size)} '
-                         f'pixels, got {size}.')
-    scale = size / min(image.size)
-    width, height = (round(side * scale / patch) * patch
-                     for side, patch in zip(image.size, patch_size[::-1]))
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-
-
 def attention_weights(attn, x, sin, cos, rows=slice(None)):
     """The weights with which an :class:`~nepa_mm.layers.Attention` sums its values.
 
     Args:
         attn (Attention): The module.
         x, sin, cos (Tensor): Its inputs, (B, T, D) and (T, K).
-        rows (slice): Queries that are wanted. Defaults to all.
+        rows (slice): Which R queries are wanted. Defaults to all.
 
     Returns:
-        Tensor: (B, H, R, T), each row sums to 1.
+        Tensor: (B, H, R, T).
     """
     q, k, _ = attn.project(x, sin, cos)
     logits = q[:, :, rows] @ k.mT * q.shape[-1] ** -0.5
@@ -194,7 +170,7 @@ PANELS = dict(
     next_cosine=('next-cosine', 'viridis', False), lift=('lift', 'RdBu', False))
 
 
-def panels_of(view):
+def panel_names(view):
     """Names of the panels that a network fills."""
     return list(PANELS)[:3 if view.next_cosine is None else 6]
 
@@ -221,9 +197,12 @@ def panel_titles(image, view, settings):
 
 
 def normalisation(name, views):
-    """One colour scale for a map of all views."""
-    maps = [getattr(view, name) for view in views]
-    values = np.concatenate([values.ravel() for values in maps if values is not None] or [[0.]])
+    """One colour scale for a map of all views; None where there are no values or colours."""
+    maps = [getattr(view, name) for view in views] if PANELS[name][1] else []
+    maps = [values.ravel() for values in maps if values is not None]
+    if not maps:
+        return None
+    values = np.concatenate(maps)
     low, high = np.nanmin(values), np.nanmax(values)
     if name == 'attention':     # spreads small weights, as the reference's display does
         return PowerNorm(0.25, 0, high)
@@ -272,8 +251,9 @@ def add_legend(figure, view, causal):
         handles.append(Patch(fill=False, ec=TARGET, lw=1.6, ls=DASHES,
                              label='target: the patch that the output at the query predicts'))
         note = ('Patches are read row by row. Next-cosine and lift are drawn at the patch that is '
-                'predicted, not at the one whose output predicts it. The first patch is predicted '
-                'by the class token, which has no patch to copy; the last one is only predicted.')
+                'predicted, not at the one whose output predicts it. The class token makes the '
+                'first prediction and has no patch to copy; the output at the last patch predicts '
+                'nothing, and pretraining leaves that input out.')
     if causal or predicts:
         handles.append(Patch(color=NO_VALUE, label='no value' + ', or not yet read' * causal))
     legend = figure.legend(
@@ -291,24 +271,24 @@ def draw_page(path, name, image, view, source, settings, causal):
     """Draw one image's page.
 
     Args:
-        path (str): The file.
+        path (Path): The file; replaced if it exists.
         name (str): Of the image.
         image (ndarray): What the network saw, (height, width, 3), uint8.
         view (View): Its maps.
         source (str): Checkpoint and weights, for the title.
         settings (dict[str, str]): 'attention' and 'pca': layers, heads and block in words.
-        causal (bool): Whether grey patches of the attention are those not yet read.
+        causal (bool): Whether the query could not look at what comes after it.
     """
-    names, aspect = panels_of(view), image.shape[0] / image.shape[1]
+    names, aspect = panel_names(view), image.shape[0] / image.shape[1]
     w, h = 4.2 * aspect ** -0.5, 4.2 * aspect ** 0.5
     rows = min((r for r in (1, 2, 3, 6) if len(names) % r == 0),
-               key=lambda r: abs(log(len(names) / r * w / (r * h) / 1.4)))
+               key=lambda r: abs(log(len(names) / r * w / (r * h) / 1.8)))
     columns = len(names) // rows
     figure, axes = plt.subplots(rows, columns, squeeze=False, layout='constrained',
                                 figsize=(max(columns * (w + 0.9), 7), rows * (h + 0.6) + 1.2))
     titles = panel_titles(image, view, settings)
     for axis, panel in zip(axes.flat, names):
-        norm = normalisation(panel, [view]) if PANELS[panel][1] else None
+        norm = normalisation(panel, [view])
         shown = draw_map(axis, panel, image, view, norm, lw=1.6)
         axis.set_title(textwrap.fill(titles[panel], int(max(w, 2.4) * 13)), fontsize=9)
         if norm:
@@ -319,34 +299,30 @@ def draw_page(path, name, image, view, source, settings, causal):
     save(figure, path)
 
 
-def draw_sheet(path, entries, source, causal):
+def draw_sheet(path, entries, source, settings, causal):
     """Draw a contact sheet: a row per image, a column per map, with one colour scale each.
 
-    Args:
-        path (str): The file.
-        entries (list): (name, image, view) of every image, see :func:`draw_page`.
-        source, causal: See :func:`draw_page`.
+    ``entries`` has (name, image, view) of every image; all else as in :func:`draw_page`.
     """
     views = [view for _, _, view in entries]
-    names = panels_of(views[0])
+    names = panel_names(views[0])
     heights = [min(max(image.shape[0] / image.shape[1], 0.4), 1.6) for _, image, _ in entries]
-    size = 2.1
     figure, axes = plt.subplots(
-        len(entries) + 1, len(names), squeeze=False, layout='constrained',
-        height_ratios=[*heights, 0.06],
-        figsize=(size * len(names) + 0.4, size * sum(heights) + 0.1 * len(entries) + 1.9))
+        len(entries) + 1, len(names), layout='constrained', height_ratios=[*heights, 0.06],
+        figsize=(2.1 * len(names) + 0.4, 2.1 * sum(heights) + 0.1 * len(entries) + 2.1))
     for column, panel in zip(axes.T, names):
-        norm = normalisation(panel, views) if PANELS[panel][1] else None
+        norm = normalisation(panel, views)
         for axis, (_, image, view) in zip(column, entries):
-            shown = draw_map(axis, panel, image, view, norm, lw=0.9)
+            shown = draw_map(axis, panel, image, view, norm, lw=1.2)
         column[0].set_title(PANELS[panel][0], fontsize=11)
         if norm:
             colour_bar(figure, shown, column[-1], orientation='horizontal')
         column[-1].set_visible(norm is not None)
     for axis, (name, _, _), height in zip(axes[:, 0], entries, heights):
-        axis.set_ylabel(textwrap.fill(shorten(name, 60), int(size * height * 12)), fontsize=8,
+        axis.set_ylabel(textwrap.fill(shorten(name, 60), int(height * 25)), fontsize=8,
                         parse_math=False)
-    figure.suptitle(shorten(source, 110), parse_math=False)
+    figure.suptitle(f'{shorten(source, 110)}\nattention: {settings["attention"]}; '
+                    f'PCA: {settings["pca"]}', parse_math=False, fontsize=11)
     add_legend(figure, views[0], causal)
     save(figure, path)
 

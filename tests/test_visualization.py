@@ -15,7 +15,6 @@ from nepa_mm.backbone import NEPAViT
 from nepa_mm.nepa import NEPA, NEPAHead
 from nepa_mm.visualization import (
     attention_weights,
-    fit_image,
     inspect_image,
     pca_colours,
     query_attention,
@@ -25,6 +24,7 @@ from .conftest import TINY, smooth_images
 from .tiny_runs import load_tool, save_classifier, save_image, save_pretraining, save_segmentor
 
 tool = load_tool('visualize')
+fit_image = tool.fit_image
 OPTIONS = dict(layers=[0, 1], heads=[0, 1], block=1)
 
 
@@ -187,6 +187,14 @@ def test_page(pretrained, figures):
     assert attention.shape == (4, 6) and (attention.mask == (np.arange(24) > 9).reshape(4, 6)).all()
 
 
+def test_query_that_predicts_nothing(pretrained, figures):
+    tool.main([*pretrained, '--query', '1', '2', '--grid'])
+    for figure in figures:
+        panel = [axis for axis in figure.axes if axis.images][3]
+        assert panel.texts[0].get_text() == 'predicts nothing' and len(boxes(panel)) == 1
+        assert not panel.child_axes and panel.images[0].colorbar is None
+
+
 def test_what_the_model_saw(pretrained):
     """Values and order of the channels as from the config's data_preprocessor."""
     cfg = Config.fromfile(pretrained[0])
@@ -196,7 +204,7 @@ def test_what_the_model_saw(pretrained):
         loaded = torch.tensor(image[..., ::-1].copy()).permute(2, 0, 1)     # as mmcv loads it, BGR
         expected = MODELS.build(cfg.model.data_preprocessor)(
             dict(inputs=loaded[None], data_samples=[]))
-        torch.testing.assert_close(tool.normalise(image, cfg, 'cpu'), expected['inputs'][0])
+        torch.testing.assert_close(tool.normalise(image, cfg, 'cpu'), expected['inputs'])
 
 
 @pytest.mark.parametrize('save, scope', [(save_classifier, None), (save_segmentor, 'mmseg')])
@@ -226,7 +234,7 @@ def test_sheets_and_names(pretrained, figures):
     attention = [axis for axis in figures[4].axes if axis.images][1::6]
     assert len({axis.images[0].norm.vmax for axis in attention}) == 1
     assert [axis.get_ylabel() for axis in figures[4].axes if axis.get_ylabel()] == [
-        'photo.jpg', 'photo.jpg', 'photo.png', 'grid.png']
+        'photo.jpg', 'other/photo.jpg', 'photo.png', 'grid.png']
 
 
 def test_training_size(pretrained):

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from nepa_mm import runtime
 from nepa_mm.backbone import NEPAViT
 from nepa_mm.checkpoint import WEIGHTS, load_all, read_checkpoint, weights_of
-from nepa_mm.visualization import draw_page, draw_sheet, fit_image, inspect_image
+from nepa_mm.visualization import draw_page, draw_sheet, inspect_image
 
 SHEET = 16      # images on one contact sheet
 
@@ -78,6 +78,29 @@ def training_size(cfg):
              for step in runtime.dicts(cfg.get('train_dataloader') or {})]
     sizes = [np.min(size) for size in sizes if size is not None]
     return int(sizes[-1]) if sizes else 224
+
+
+def fit_image(image, size, patch_size):
+    """Resize an image to a whole number of patches with its aspect kept.
+
+    Args:
+        image (PIL.Image): Any size.
+        size (int): Its short side in pixels, rounded to whole patches.
+        patch_size (tuple[int, int]): Height and width of a patch in pixels.
+
+    Returns:
+        PIL.Image: What is left over, less than half a patch at either end, is cut off.
+
+    Raises:
+        ValueError: ``size`` is less than two patches.
+    """
+    if size < 2 * max(patch_size):
+        raise ValueError(f'The short side must have at least two patches, {2 * max(patch_size)} '
+                         f'pixels, got {size}.')
+    scale = size / min(image.size)
+    width, height = (round(side * scale / patch) * patch
+                     for side, patch in zip(image.size, patch_size[::-1]))
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
 def read_image(path, size, patch_size):
@@ -173,18 +196,21 @@ def main(argv=None):
         pca=in_words([block], num_layers, 'block'))
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     sheets = ['grid'] * (args.grid * math.ceil(len(images) / SHEET))
-    names = page_names([*args.images, *sheets], args.out_dir)
+    pages = page_names([*args.images, *sheets], args.out_dir)
+    titles = [Path(path).name for path in args.images]
+    if len(set(titles)) < len(titles):
+        titles = ['/'.join(Path(path).parts[-2:]) for path in args.images]
     entries = []
-    for path, image, query in zip(args.images, images, queries):
-        page = next(names)
+    for name, image, query in zip(titles, images, queries):
+        page = next(pages)
         view = inspect_image(backbone, normalise(image, cfg, backbone.cls_token.device), query,
                              layers, heads, block, args.rollout, shift)
-        draw_page(page, Path(path).name, image, view, source, settings, backbone.causal)
+        draw_page(page, name, image, view, source, settings, backbone.causal)
         print(page)
-        entries.append((Path(path).name, image, view))
+        entries.append((name, image, view))
     for start in range(0, len(entries) if args.grid else 0, SHEET):
-        sheet = next(names)
-        draw_sheet(sheet, entries[start:start + SHEET], source, backbone.causal)
+        sheet = next(pages)
+        draw_sheet(sheet, entries[start:start + SHEET], source, settings, backbone.causal)
         print(sheet)
 
 
