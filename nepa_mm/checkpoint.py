@@ -254,12 +254,13 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
     return matched, new, unused
 
 
-def load_all(model, checkpoint):
+def load_all(model, checkpoint, **kwargs):
     """Load a whole model, as is needed before it predicts anything.
 
     Args:
         model (nn.Module): The network, or a wrapper with the network as ``module``.
         checkpoint (str): See :func:`read_checkpoint`.
+        **kwargs: ``prefix`` and others of :func:`load_pretrained`.
 
     Raises:
         ValueError: A tensor is missing or has another shape. The weights of QK-norm
@@ -267,7 +268,7 @@ def load_all(model, checkpoint):
     """
     while hasattr(model, 'module'):     # of DistributedDataParallel and of test-time augmentation
         model = model.module
-    _, new, _ = load_pretrained(model, checkpoint)
+    _, new, _ = load_pretrained(model, checkpoint, **kwargs)
     new = [name for name in new if '.q_norm.' not in name and '.k_norm.' not in name]
     if new:
         raise ValueError(f'{checkpoint} lacks what the config has, and what was never trained '

@@ -121,15 +121,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x, sin, cos):
-        B, T, D = x.shape
+    def project(self, x, sin, cos):
+        """Queries, keys and values as the attention uses them, each (B, H, T, K)."""
+        B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)              # each B H T K
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q = rotate(self.q_norm(q), sin, cos).to(v.dtype)            # norm first, then rotation
         k = rotate(self.k_norm(k), sin, cos).to(v.dtype)
+        return q, k, v
+
+    def forward(self, x, sin, cos):                                 # B T D -> B T D
+        q, k, v = self.project(x, sin, cos)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,
                                            dropout_p=self.attn_drop if self.training else 0.)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, T, D)))
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):
