@@ -1,7 +1,15 @@
 """Ablations: the options beside the released network, and one config for every row of the paper."""
+import ast
+import copy
+import functools
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 
 from nepa_mm.backbone import NEPAViT
@@ -10,8 +18,20 @@ from nepa_mm.knn import extract_features
 from nepa_mm.layers import scan_order
 from nepa_mm.nepa import NEPA, NEPAHead
 
-from .conftest import TINY
+from . import test_classification, test_configs
+from .conftest import REPO, TINY
+from .tiny_runs import load_tool
 
+load = functools.cache(Config.fromfile)
+docstring_fields = load_tool('readme_tables').docstring_fields
+CONFIGS = {folder: sorted((REPO / 'configs' / folder / 'ablations').glob('*.py'))
+           for folder in ('pretrain', 'classification')}
+ALL = [path for paths in CONFIGS.values() for path in paths]
+PUBLISHED = {   # the paper's tables; Table 9's SwiGLU and Table 8's rising decay are no ablations
+    'Table 1a': {'fail', '73.6', '76.8'},
+    'Table 1b': {'78.2', '77.4', '80.2', 'fail', '81.1', '81.3'},
+    'Table 1c': {'78.2', '76.4', '75.7'}, 'Table 1d': {'77.4', '73.1'},
+    'Table 1e': {'81.3', '82.5'}, 'Table 8': {'83.0'}, 'Table 9': {'83.6'}}
 SNAKE = [0, 1, 2, 5, 4, 3, 6, 7, 8, 11, 10, 9]      # of 4 rows and 3 columns
 
 
@@ -202,3 +222,95 @@ def test_export(options):
         img={0: torch.export.Dim('batch')}))
     image = torch.randn(3, 3, 28, 28)
     torch.testing.assert_close(program.module()(image), model(image))
+
+
+# The configs
+
+def flat(node, prefix=''):
+    """A nested config as dotted key -> value; lists count as values, unless of dicts."""
+    if isinstance(node, (list, tuple)) and any(isinstance(item, dict) for item in node):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return {prefix: list(node) if isinstance(node, tuple) else node}
+    return {key: value for name, child in node.items()
+            for key, value in flat(child, f'{prefix}.{name}' if prefix else str(name)).items()}
+
+
+def parent_of(path):
+    """The one file that a config inherits."""
+    first = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign))
+    base, = ast.literal_eval(first.value)
+    return (path.parent / base).resolve()
+
+
+@pytest.mark.parametrize('path', ALL, ids=lambda path: path.stem)
+def test_differs_from_its_parent_as_documented(path):
+    """Exactly in the keys that the docstring names, which --cfg-options would set as well."""
+    fields = docstring_fields(path)
+    changes = dict(change.split('=', 1) for change in fields['Changes'].split())
+    changes = {key: DictAction._parse_iterable(value) for key, value in changes.items()}
+    child, parent = (flat(load(file).to_dict()) for file in (path, parent_of(path)))
+    missing = object()
+    different = {key for key in child | parent
+                 if child.get(key, missing) != parent.get(key, missing)}
+    assert different == set(changes)
+    for key, value in changes.items():
+        assert child[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+    assert set(fields) == {'Paper', 'Expected', 'Cost', 'Changes', 'Command'}
+    assert fields['Command'] == f'tools/dist_train.sh {path.relative_to(REPO).as_posix()} 8'
+
+
+def test_every_row_of_the_paper_has_a_config():
+    found = {}
+    for path in ALL:
+        fields = docstring_fields(path)
+        figure = fields['Expected'].split()[0]
+        for part in fields['Paper'].removeprefix('arXiv 2512.16922, ').split('; '):
+            if part.startswith('Table '):
+                found.setdefault(part.split(',')[0], set()).add(figure)
+            else:
+                assert (part, figure) == ('beyond the paper.', 'unknown,') or part == 'none'
+    assert found == PUBLISHED
+
+
+def test_protocol():
+    """Batch 2048 with lr 3e-4 x batch / 256, and 50k or 100k steps up to half a percent."""
+    for path in CONFIGS['pretrain']:
+        cfg = load(path)
+        assert 8 * cfg.train_dataloader.batch_size * cfg.optim_wrapper.accumulative_counts == 2048
+        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(2.4e-3)
+        steps = cfg.train_cfg.max_epochs * int(np.ceil(1_281_167 / 2048))
+        assert steps == pytest.approx(50_000 if '_50k' in path.stem else 100_000, rel=0.005)
+        schedule = cfg.param_scheduler
+        assert schedule.end == cfg.train_cfg.max_epochs == schedule.warmup * 40
+
+
+def test_fine_tuning_loads_what_was_pretrained():
+    """Every checkpoint that is named has a config that writes it, with the same network."""
+    for path in CONFIGS['classification']:
+        cfg = load(path)
+        folder, name = Path(cfg.model.backbone.init_cfg.checkpoint).parts[1:]
+        source, = (REPO / 'configs' / 'pretrain').rglob(f'{folder}.py')
+        source = load(source)
+        assert name == f'epoch_{source.train_cfg.max_epochs}.pth'
+        for key in ('arch', 'patch_size', 'qk_norm', 'layer_scale_init_value', 'gated_mlp',
+                    'act_cfg', 'rope_theta', 'use_abs_pos_emb'):
+            defaults = dict(rope_theta=100., use_abs_pos_emb=False, gated_mlp=False,
+                            act_cfg=dict(type='GELU'))
+            ours, theirs = (c.model.backbone.get(key, defaults.get(key)) for c in (cfg, source))
+            assert ours == theirs, (path.stem, key)
+
+
+@pytest.mark.parametrize('path', ALL, ids=lambda path: path.stem)
+def test_two_steps(path, image_folder, tmp_path):
+    module = test_configs if path in CONFIGS['pretrain'] else test_classification
+    cfg = module.shrink(copy.deepcopy(load(path)), image_folder, tmp_path / 'work')
+    if cfg.model.get('intermediate_blocks'):
+        cfg.model.intermediate_blocks = [0, 1]
+    cfg.default_hooks.checkpoint = cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    runner = Runner.from_cfg(cfg)
+    before = {k: v.clone() for k, v in runner.model.state_dict().items()}
+    runner.train()
+    losses = runner.message_hub.get_scalar('train/loss').data[0]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert any(not torch.equal(before[k], v) for k, v in runner.model.state_dict().items())
