@@ -1,6 +1,7 @@
-# make demo    pretrain on handwritten digits and see what it was worth (CPU, minutes)
-# make test    run the tests
-# make lint    check the style
+# make demo         pretrain on handwritten digits and see what it was worth (CPU, minutes)
+# make ablations    see how the paper's core ablations fail, on the digits (CPU, minutes)
+# make test         run the tests
+# make lint         check the style
 # Each first installs what it needs into VENV, once; PYTHON makes VENV when there is none.
 # In an environment with the original OpenMMLab packages: make test VENV=path EXTRAS=openmmlab,test
 VENV ?= .venv
@@ -9,9 +10,12 @@ EXTRAS ?= mm,test,export
 PY = $(VENV)/bin/python
 INSTALLED = $(VENV)/.nepa_mm
 
-.PHONY: demo test lint
+.PHONY: demo ablations test lint
 demo: $(INSTALLED)
 	$(PY) tools/demo.py
+
+ablations: $(INSTALLED)
+	$(PY) tools/ablations.py
 
 test: $(INSTALLED)
 	$(PY) -m pytest

@@ -2,7 +2,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from mmengine.registry import MODELS
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from timm.layers import to_2tuple
@@ -10,46 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import load_pretrained
-from .layers import Block, RotaryEmbedding
-
-REMAINDERS = ('error', 'pad', 'drop')
-
-
-class PatchEmbed(nn.Module):
-    """Cut an image into patches and project each, as a convolution with stride = kernel does.
-
-    Args:
-        in_channels (int): Channels of the image.
-        embed_dims (int): Channels of an embedding, D.
-        patch_size (tuple[int, int]): Height and width of a patch in pixels.
-        remainder (str): What to do with an image that is no whole number of
-            patches; see :class:`NEPAViT`.
-    """
-
-    def __init__(self, in_channels, embed_dims, patch_size, remainder):
-        super().__init__()
-        if remainder not in REMAINDERS:
-            raise ValueError(f'remainder must be one of {REMAINDERS}, got {remainder!r}.')
-        self.patch_size, self.remainder = patch_size, remainder
-        self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, patch_size)
-
-    def forward(self, img):
-        """img: (B, C, height, width) -> embeddings (B, gh * gw, D) in raster order, (gh, gw)."""
-        B, C, height, width = img.shape
-        (ph, pw), conv = self.patch_size, self.projection
-        if self.remainder == 'pad':
-            img = F.pad(img, (0, -width % pw, 0, -height % ph))
-        elif height < ph or width < pw:
-            raise ValueError(f'The image of {height}x{width} pixels is smaller than one patch of '
-                             f"{ph}x{pw}; give a larger one, or set remainder='pad'.")
-        elif self.remainder == 'error' and (height % ph or width % pw):
-            raise ValueError(f'The image of {height}x{width} pixels is no whole number of patches '
-                             f"of {ph}x{pw}; resize it, or set remainder='pad' or 'drop'.")
-        gh, gw = img.shape[2] // ph, img.shape[3] // pw
-        # The kernel sees every pixel once, so the convolution is one matrix product.
-        patches = img[:, :, :gh * ph, :gw * pw].reshape(B, C, gh, ph, gw, pw)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(B, gh * gw, C * ph * pw)
-        return F.linear(patches, conv.weight.flatten(1), conv.bias), (gh, gw)
+from .layers import SCANS, Block, PatchEmbed, RotaryEmbedding, scan_order
 
 
 @MODELS.register_module()
@@ -59,6 +19,7 @@ class NEPAViT(BaseBackbone):
     Pre-norm blocks over [class token, patch 1 ... patch N] in raster order. There
     is no position parameter: rotary coordinates are relative to the image, so any
     image size and aspect works with the same weights and without interpolation.
+    The last four options before ``remainder`` leave that network, for ablations.
 
     Args:
         arch (str | dict): 'tiny', 'small', 'base', 'large' (or the first letter),
@@ -97,17 +58,29 @@ class NEPAViT(BaseBackbone):
         attn_drop_rate (float): Dropout of attention weights. Defaults to 0.
         drop_path_rate (float): Stochastic depth of the last block; it rises
             linearly from 0 at the first. Defaults to 0.
-        rope_theta (float): Base of the rotary frequencies. Defaults to 100.
+        rope_theta (float, optional): Base of the rotary frequencies, or None for no
+            rotary embedding (Table 1b). Defaults to 100.
         rope_shift, rope_jitter, rope_rescale (float, optional): Training-time
             augmentation of the coordinates, see :class:`RotaryEmbedding`. Default
             to None, None and 2.
+        use_abs_pos_emb (bool): Whether a learned embedding of its place is added to
+            every patch at the input of the first block, not to the targets (Table
+            1b, plain ViT). It ties the network to ``img_size``. Defaults to False.
+        img_size (int | tuple): Height and width in pixels that ``use_abs_pos_emb``
+            has places for; without it any size will do. Defaults to 224.
+        num_register_tokens (int): Learned tokens between class token and patches,
+            which are neither rotated nor part of the loss or of any read-out but
+            'raw' (arXiv 2309.16588). Defaults to 0.
+        scan (str): The order of the patches: 'raster', 'snake' or 'random', see
+            :func:`nepa_mm.layers.scan_order`. Every token sequence is in this order,
+            and so is "next"; 'featmap' is a map in any case. Defaults to 'raster'.
         remainder (str): An image that is no whole number of patches raises an
             error ('error'), is padded with zeros at the right and bottom ('pad'),
             or loses the rest ('drop', as the reference's convolution does).
             Defaults to 'error'.
         frozen_stages (int): -1 trains everything, 0 freezes the patch embedding (the
-            released fine-tuning), k also the class token and the first k
-            blocks, ``num_layers`` the whole network. Defaults to -1.
+            released fine-tuning), k also the class token, registers, places and
+            the first k blocks, ``num_layers`` the whole network. Defaults to -1.
         with_cp (bool): Whether to recompute each block in the backward pass to save
             memory. Defaults to False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
@@ -131,13 +104,12 @@ class NEPAViT(BaseBackbone):
             embed_dims=1024, num_layers=24, num_heads=16, feedforward_channels=4096)),
     }
     OUT_TYPES = ('raw', 'cls_token', 'last_token', 'avg_featmap', 'featmap')
-    num_extra_tokens = 1    # the class token
-
     def __init__(self, arch='base', patch_size=14, in_channels=3, causal=True, out_indices=-1,
                  out_type='raw', final_norm=True, fc_norm=False, qkv_bias=True, qk_norm='plain',
                  gated_mlp=False, act_cfg=dict(type='GELU'), layer_scale_init_value=1e-5,
                  norm_eps=1e-12, drop_rate=0., attn_drop_rate=0., drop_path_rate=0.,
                  rope_theta=100., rope_shift=None, rope_jitter=None, rope_rescale=2.,
+                 use_abs_pos_emb=False, img_size=224, num_register_tokens=0, scan='raster',
                  remainder='error', frozen_stages=-1, with_cp=False, init_cfg=None):
         super().__init__(init_cfg)
         arch = self._arch_settings(arch)
@@ -151,6 +123,11 @@ class NEPAViT(BaseBackbone):
                 raise ValueError(f'{name} must be in [0, 1), got {rate}.')
         if out_type not in self.OUT_TYPES:
             raise ValueError(f'out_type must be one of {self.OUT_TYPES}, got {out_type!r}.')
+        if scan not in SCANS:
+            raise ValueError(f'scan must be one of {SCANS}, got {scan!r}.')
+        if num_register_tokens < 0:
+            raise ValueError('num_register_tokens must be 0 or a positive number, '
+                             f'got {num_register_tokens}.')
         if not -1 <= frozen_stages <= self.num_layers:
             raise ValueError(f'frozen_stages must be in [-1, {self.num_layers}], '
                              f'got {frozen_stages}.')
@@ -158,14 +135,23 @@ class NEPAViT(BaseBackbone):
             raise ValueError('fc_norm normalises one vector per image and needs out_type '
                              f"'cls_token', 'last_token' or 'avg_featmap', got {out_type!r}.")
         self.out_type, self.with_cp, self.frozen_stages = out_type, with_cp, frozen_stages
-        self.causal = causal
+        self.causal, self.scan = causal, scan
+        self.num_extra_tokens = 1 + num_register_tokens     # the class token comes first
         self.out_indices = self._resolve(out_indices)
 
         self.patch_embed = PatchEmbed(in_channels, self.embed_dims, to_2tuple(patch_size),
-                                      remainder)
+                                      remainder, scan)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
+        self.register_tokens = self.pos_embed = None
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens,
+                                                            self.embed_dims))
+        if use_abs_pos_emb:
+            grid = [side // patch for side, patch in zip(to_2tuple(img_size),
+                                                         self.patch_embed.patch_size)]
+            self.pos_embed = nn.Parameter(torch.zeros(1, *grid, self.embed_dims))
         self.rope = RotaryEmbedding(self.embed_dims // arch['num_heads'], rope_theta, rope_shift,
-                                    rope_jitter, rope_rescale)
+                                    rope_jitter, rope_rescale, scan)
         self.drop = nn.Dropout(drop_rate)
         # fp32 steps, like the reference, whose rates the parity test compares
         drop_path_rates = torch.linspace(0, drop_path_rate, self.num_layers, device='cpu').tolist()
@@ -182,11 +168,13 @@ class NEPAViT(BaseBackbone):
         self.norm = norm(final_norm)
         self.fc_norm = norm(fc_norm)
 
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for parameter in (self.cls_token, self.register_tokens, self.pos_embed):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+                parameter.requires_grad_(frozen_stages < 1)
         self.apply(self._init_layer)
         for module in self._frozen_modules():
             module.requires_grad_(False)
-        self.cls_token.requires_grad_(frozen_stages < 1)
 
     def _arch_settings(self, arch):
         if isinstance(arch, str):
@@ -244,8 +232,8 @@ class NEPAViT(BaseBackbone):
             img (Tensor): (B, C, height, width), normalised.
 
         Returns:
-            tuple[Tensor, tuple[int, int]]: Embeddings (B, gh * gw, D) in raster
-            order, and the grid (gh, gw).
+            tuple[Tensor, tuple[int, int]]: Embeddings (B, gh * gw, D) in the order
+            of ``scan``, and the grid (gh, gw).
         """
         return self.patch_embed(img)
 
@@ -254,18 +242,27 @@ class NEPAViT(BaseBackbone):
 
         Args:
             z (Tensor): Patch embeddings (B, n, D), the first n of the grid in
-                raster order.
+                the order of ``scan``.
             grid (tuple[int, int]): Rows and columns of the whole image.
             out_indices (Sequence[int]): Blocks whose output is returned. Defaults
                 to the last one.
 
         Returns:
             list[Tensor]: Tokens (B, 1 + n, D) after each of these blocks, the class
-            token first; the last block's are normalised if ``final_norm``.
+            token first, then any registers; the last block's are normalised if
+            ``final_norm``.
+
+        Raises:
+            ValueError: ``use_abs_pos_emb`` has no place for each patch of this grid.
         """
         out_indices = self._resolve(out_indices)
-        cls_token = self.cls_token.expand(z.shape[0], -1, -1)       # len() would fix it in exports
-        x = torch.cat((cls_token, z.to(cls_token.dtype)), dim=1)    # fp32 residual stream
+        z = z.to(self.cls_token.dtype)                              # fp32 residual stream
+        if self.pos_embed is not None:
+            z = z + self._positions(grid)[:, :z.shape[1]]
+        prefix = [self.cls_token.expand(z.shape[0], -1, -1)]        # len() would fix it in exports
+        if self.register_tokens is not None:
+            prefix.append(self.register_tokens.expand(z.shape[0], -1, -1))
+        x = torch.cat((*prefix, z), dim=1)
         x = self.drop(x)
         sin, cos = self.rope(grid, self.num_extra_tokens, x.device)
         sin, cos = sin[:x.shape[1]], cos[:x.shape[1]]
@@ -278,6 +275,22 @@ class NEPAViT(BaseBackbone):
             if i in out_indices:
                 outs.append(self.norm(x) if i == self.num_layers - 1 else x)
         return outs
+
+    def _positions(self, grid):                                     # 1 N D, in scan order
+        if tuple(grid) != self.pos_embed.shape[1:3]:
+            raise ValueError('use_abs_pos_emb has places for {}x{} patches, but the image has '
+                             '{}x{}; set img_size to the size of the images.'.format(
+                                 *self.pos_embed.shape[1:3], *grid))
+        positions = self.pos_embed.flatten(1, 2)
+        if self.scan == 'raster':
+            return positions
+        return positions[:, scan_order(self.scan, grid, positions.device)]
+
+    def without_registers(self, x):
+        """Tokens (B, 1 + n, D), class token first, of all tokens as :meth:`encode` gives them."""
+        if self.register_tokens is None:
+            return x
+        return torch.cat((x[:, :1], x[:, self.num_extra_tokens:]), dim=1)
 
     def forward(self, img):
         """Features of an image.
@@ -298,6 +311,8 @@ class NEPAViT(BaseBackbone):
             return x
         patches = x[:, self.num_extra_tokens:]
         if self.out_type == 'featmap':
+            if self.scan != 'raster':
+                patches = patches[:, scan_order(self.scan, grid, x.device).argsort()]
             return patches.transpose(1, 2).unflatten(2, grid).contiguous()     # B D gh gw
         if self.out_type == 'avg_featmap':
             return self.fc_norm(patches.mean(dim=1))
@@ -311,8 +326,8 @@ class NEPAViT(BaseBackbone):
             prefix (str): Name of the backbone in the model, e.g. 'backbone.'.
 
         Returns:
-            tuple[int, int]: Depth and number of depths: 0 for class token and patch
-            embedding, i + 1 for block i, ``num_layers + 1`` for what follows.
+            tuple[int, int]: Depth and number of depths: 0 for patch embedding, class
+            token, registers and places, i + 1 for block i, ``num_layers + 1`` for what follows.
 
         Raises:
             ValueError: The name is below the prefix but no parameter of this class.
@@ -322,7 +337,7 @@ class NEPAViT(BaseBackbone):
             return num_depths - 1, num_depths
         name = param_name[len(prefix):]
         root = name.split('.')[0]
-        if root in ('cls_token', 'patch_embed'):
+        if root in ('patch_embed', 'cls_token', 'register_tokens', 'pos_embed'):
             return 0, num_depths
         if root == 'layers':
             return int(name.split('.')[1]) + 1, num_depths

@@ -131,7 +131,10 @@ def published_config(model, stored=None):
     args = {name: p.default for name, p in signature(vit).parameters.items()} | model['backbone']
     arch = vit.arch_zoo[args['arch'].lower()] if isinstance(args['arch'], str) else args['arch']
     acts = [name for name, cfg in ACTIVATIONS.items() if cfg == args['act_cfg']]
-    refused = dict(act_cfg=not acts, final_norm=not args['final_norm'])
+    refused = dict(act_cfg=not acts, final_norm=not args['final_norm'],
+                   rope_theta=args['rope_theta'] is None, use_abs_pos_emb=args['use_abs_pos_emb'],
+                   num_register_tokens=args['num_register_tokens'] > 0,
+                   scan=args['scan'] != 'raster')
     if classifier:
         read_outs = [('avg_featmap', True), ('last_token', False)]
         refused.update(

@@ -49,7 +49,10 @@ def eva_args(backbone, num_classes=0):
     arch = NEPAViT.arch_zoo[arch.lower()] if isinstance(arch, str) else arch
     wanted = dict(
         act_cfg=[dict(type='SiLU')] if args['gated_mlp'] else [dict(type='GELU')],
-        out_type=list(POOLS), out_indices=[-1, arch['num_layers'] - 1], drop_rate=[0])
+        out_type=list(POOLS), out_indices=[-1, arch['num_layers'] - 1], drop_rate=[0],
+        use_abs_pos_emb=[False], num_register_tokens=[0], scan=['raster'])
+    if args['rope_theta'] is None:
+        raise ValueError("rope_theta=None cannot be expressed in timm's Eva, only a number.")
     for name, allowed in wanted.items():
         if args[name] not in allowed:
             raise ValueError(f"{name}={args[name]!r} cannot be expressed in timm's Eva"

@@ -35,8 +35,10 @@ def extract_features(model, dataloader, feature='avg_featmap', block=-1):
         if not batch['data_samples'] or 'gt_label' not in batch['data_samples'][0]:
             raise ValueError('k-NN compares labels, but this data set has none.')
         tokens = backbone.encode(*backbone.embed(batch['inputs']), [block])[0].float()
-        features.append(tokens[:, 1:].mean(dim=1) if feature == 'avg_featmap'
-                        else tokens[:, 0 if feature == 'cls_token' else -1])
+        if feature == 'avg_featmap':
+            features.append(tokens[:, backbone.num_extra_tokens:].mean(dim=1))
+        else:
+            features.append(tokens[:, 0 if feature == 'cls_token' else -1])
         labels += [sample.gt_label for sample in batch['data_samples']]
     model.train(was_training)
     return torch.cat(features), torch.cat(labels).to(features[0].device)

@@ -1,4 +1,4 @@
-"""The parts of NEPA's Vision Transformer: rotary embedding, attention, block.
+"""The parts of NEPA's Vision Transformer: patches, rotary embedding, attention, block.
 
 Shapes in the comments: B images, T tokens (class token first), N patches on a
 grid of gh x gw, D = H * K channels in H heads of K.
@@ -6,6 +6,7 @@ grid of gh x gw, D = H * K channels in H heads of K.
 import math
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
@@ -13,6 +14,71 @@ from timm.layers import DropPath, LayerScale, Mlp, SwiGLU
 from torch import nn
 
 QK_NORMS = (None, 'plain', 'affine', 'affine_bias')
+REMAINDERS = ('error', 'pad', 'drop')
+SCANS = ('raster', 'snake', 'random')
+
+
+def scan_order(scan, grid, device=None):
+    """In which order the patches of an image are read.
+
+    Args:
+        scan (str): 'raster', row by row; 'snake', every second row from right to left,
+            so that patches read one after the other always touch; 'random', a
+            permutation that is the same for all images of one grid.
+        grid (tuple[int, int]): Rows and columns of patches.
+        device (torch.device, optional): Where to put it. Defaults to None: the CPU.
+
+    Returns:
+        Tensor: (gh * gw,), the raster index of the patch at each place of the sequence.
+    """
+    order = np.arange(math.prod(grid)).reshape(grid)
+    if scan == 'snake':
+        order[1::2] = order[1::2, ::-1].copy()
+    elif scan == 'random':
+        # the legacy generator: its stream is frozen, and weights are worth nothing in another order
+        order = np.random.RandomState(0).permutation(order.ravel())
+    return torch.as_tensor(order.ravel(), device=device)
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project each, as a convolution with stride = kernel does.
+
+    Args:
+        in_channels (int): Channels of the image.
+        embed_dims (int): Channels of an embedding, D.
+        patch_size (tuple[int, int]): Height and width of a patch in pixels.
+        remainder (str): What to do with an image that is no whole number of
+            patches; see :class:`NEPAViT`.
+        scan (str): The order of the patches; see :func:`scan_order`. Defaults to
+            'raster'.
+    """
+
+    def __init__(self, in_channels, embed_dims, patch_size, remainder, scan='raster'):
+        super().__init__()
+        if remainder not in REMAINDERS:
+            raise ValueError(f'remainder must be one of {REMAINDERS}, got {remainder!r}.')
+        self.patch_size, self.remainder, self.scan = patch_size, remainder, scan
+        self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, patch_size)
+
+    def forward(self, img):
+        """img: (B, C, height, width) -> embeddings (B, gh * gw, D) in scan order, (gh, gw)."""
+        B, C, height, width = img.shape
+        (ph, pw), conv = self.patch_size, self.projection
+        if self.remainder == 'pad':
+            img = F.pad(img, (0, -width % pw, 0, -height % ph))
+        elif height < ph or width < pw:
+            raise ValueError(f'The image of {height}x{width} pixels is smaller than one patch of '
+                             f"{ph}x{pw}; give a larger one, or set remainder='pad'.")
+        elif self.remainder == 'error' and (height % ph or width % pw):
+            raise ValueError(f'The image of {height}x{width} pixels is no whole number of patches '
+                             f"of {ph}x{pw}; resize it, or set remainder='pad' or 'drop'.")
+        gh, gw = img.shape[2] // ph, img.shape[3] // pw
+        # The kernel sees every pixel once, so the convolution is one matrix product.
+        patches = img[:, :, :gh * ph, :gw * pw].reshape(B, C, gh, ph, gw, pw)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(B, gh * gw, C * ph * pw)
+        if self.scan != 'raster':
+            patches = patches[:, scan_order(self.scan, (gh, gw), img.device)]
+        return F.linear(patches, conv.weight.flatten(1), conv.bias), (gh, gw)
 
 
 class RotaryEmbedding(nn.Module):
@@ -24,8 +90,8 @@ class RotaryEmbedding(nn.Module):
 
     Args:
         head_dims (int): Channels per head, K; a multiple of 4.
-        theta (float): Base of the frequencies ``theta ** (-4 k / K)``. Defaults
-            to 100.
+        theta (float, optional): Base of the frequencies ``theta ** (-4 k / K)``.
+            None rotates nothing. Defaults to 100.
         shift (float, optional): In training, moves all coordinates by one
             uniform draw per axis from [-shift, shift]. Defaults to None.
         jitter (float, optional): In training, multiplies the coordinates by one
@@ -33,11 +99,13 @@ class RotaryEmbedding(nn.Module):
         rescale (float, optional): In training, multiplies the coordinates by
             one log-uniform draw for both axes from [1/rescale, rescale].
             Defaults to 2.
+        scan (str): The order of the patches; see :func:`scan_order`. Defaults to
+            'raster'.
 
     Each draw holds for the whole local batch of one forward pass.
     """
 
-    def __init__(self, head_dims, theta=100., shift=None, jitter=None, rescale=2.):
+    def __init__(self, head_dims, theta=100., shift=None, jitter=None, rescale=2., scan='raster'):
         super().__init__()
         if head_dims % 4:
             raise ValueError('RoPE needs a head dimension (embed_dims / num_heads) that is a '
@@ -47,7 +115,7 @@ class RotaryEmbedding(nn.Module):
                 raise ValueError(f'rope_{name} draws from [1/x, x] and needs x >= 1 or None, '
                                  f'got {factor}.')
         self.head_dims, self.theta = head_dims, theta
-        self.shift, self.jitter, self.rescale = shift, jitter, rescale
+        self.shift, self.jitter, self.rescale, self.scan = shift, jitter, rescale, scan
 
     def draw(self, device):
         """Draw the training augmentation: shift (2,), jitter (2,), rescale (1,).
@@ -77,11 +145,14 @@ class RotaryEmbedding(nn.Module):
         y, x = ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n * 2 - 1
                 for n in grid)
         coords = torch.stack(torch.meshgrid(y, x, indexing='ij'), dim=-1).flatten(0, 1)  # N 2
+        if self.scan != 'raster':
+            coords = coords[scan_order(self.scan, grid, device)]
         if self.training and (self.shift or self.jitter or self.rescale):
             shift, jitter, rescale = self.draw(device)
             coords = (coords + shift) * jitter * rescale
         k = torch.arange(self.head_dims // 4, device=device, dtype=torch.float32)
-        freqs = self.theta ** (-k * 4 / self.head_dims)                                  # K/4
+        freqs = (torch.zeros_like(k) if self.theta is None
+                 else self.theta ** (-k * 4 / self.head_dims))                           # K/4
         angles = 2 * math.pi * coords[:, :, None] * freqs                                # N 2 K/4
         angles = angles.flatten(1).tile(2)                                               # N K
         angles = F.pad(angles, (0, 0, num_prefix, 0))                                    # T K

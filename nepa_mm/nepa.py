@@ -51,19 +51,24 @@ class NEPAHead(BaseModule):
             is the row "no shift" of Table 1a. Defaults to 1.
         stop_gradient (bool): Whether the target is detached. False is the row "no
             stop-grad" of Table 1a, which collapses. Defaults to True.
+        with_cls_token (bool): Whether the class token predicts, too: patch ``shift``.
+            Without it the first ``shift`` patches are no targets. Without shift it
+            never does. Defaults to True.
         init_cfg (dict, optional): Unused, for OpenMMLab's interface. Defaults to None.
     """
 
-    def __init__(self, shift=1, stop_gradient=True, init_cfg=None):
+    def __init__(self, shift=1, stop_gradient=True, with_cls_token=True, init_cfg=None):
         super().__init__(init_cfg)
         if shift < 0:
             raise ValueError(f'shift must be 0 or a positive number of patches, got {shift}.')
         self.shift, self.stop_gradient = int(shift), stop_gradient
+        self.with_cls_token = with_cls_token
 
     def num_inputs(self, num_patches):
         """How many leading patches a causal network must read to predict all targets."""
-        if self.shift > num_patches:
-            raise ValueError(f'shift={self.shift} needs at least as many patches, but the image '
+        needed = self.shift + (not self.with_cls_token)
+        if needed > num_patches:
+            raise ValueError(f'shift={self.shift} needs at least {needed} patches, but the image '
                              f'has {num_patches}.')
         return num_patches - self.shift
 
@@ -82,7 +87,8 @@ class NEPAHead(BaseModule):
             return next_embedding_loss(h[:, 1:], target)
         # token t is the class token (0) or patch t, and predicts patch t + shift
         n = self.num_inputs(z.shape[1])
-        return next_embedding_loss(h[:, :1 + n], target[:, self.shift - 1:])
+        first = 0 if self.with_cls_token else 1
+        return next_embedding_loss(h[:, first:1 + n], target[:, self.shift - 1 + first:])
 
 
 @MODELS.register_module()
@@ -95,20 +101,29 @@ class NEPA(BaseSelfSupervisor):
         mask_ratio (float): Share of the input patches that a learned token replaces;
             targets stay clean. NEPA uses none, Table 1c tries 0.4 and 0.6. Defaults
             to 0.
+        intermediate_blocks (Sequence[int]): Blocks, negative ones counted from the
+            end, whose outputs, without the final norm, have to predict as well; the
+            mean of their losses is added. NEPA has none. Defaults to ().
         data_preprocessor (dict, optional): Normalisation of the images. Defaults to
             None.
         init_cfg (dict, optional): Initialisation. Defaults to None.
 
     Raises:
-        ValueError: ``mask_ratio`` is not in [0, 1).
+        ValueError: ``mask_ratio`` is not in [0, 1); one of ``intermediate_blocks`` is
+            the last block or none.
     """
 
-    def __init__(self, backbone, head, mask_ratio=0., data_preprocessor=None, init_cfg=None):
+    def __init__(self, backbone, head, mask_ratio=0., intermediate_blocks=(),
+                 data_preprocessor=None, init_cfg=None):
         super().__init__(backbone=backbone, head=head, data_preprocessor=data_preprocessor,
                          init_cfg=init_cfg)
         if not 0 <= mask_ratio < 1:
             raise ValueError(f'mask_ratio must be in [0, 1), got {mask_ratio}.')
-        self.mask_ratio = mask_ratio
+        L = self.backbone.num_layers
+        if any(not -L <= i < L or i % L == L - 1 for i in intermediate_blocks):
+            raise ValueError(f'intermediate_blocks must be among the {L - 1} blocks before the '
+                             f'last one, got {tuple(intermediate_blocks)}.')
+        self.mask_ratio, self.intermediate_blocks = mask_ratio, tuple(intermediate_blocks)
         if mask_ratio:
             self.mask_token = nn.Parameter(torch.empty(1, 1, self.backbone.embed_dims))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -121,14 +136,23 @@ class NEPA(BaseSelfSupervisor):
             data_samples (list, optional): Unused; there are no labels.
 
         Returns:
-            dict[str, Tensor]: ``loss``, a scalar in [-1, 1].
+            dict[str, Tensor]: ``loss``, a scalar in [-1, 1], and with
+            ``intermediate_blocks`` ``loss_intermediate``, which is another one.
         """
         z, grid = self.backbone.embed(inputs)                   # B N D
-        h = self.predict_embeddings(z, grid)                    # B 1+n D
-        return dict(loss=self.head.loss(h, z))
+        *intermediate, h = self.outputs(z, grid, (*self.intermediate_blocks, -1))
+        losses = dict(loss=self.head.loss(h, z))                # h: B 1+n D
+        if intermediate:
+            losses['loss_intermediate'] = torch.stack(
+                [self.head.loss(h, z) for h in intermediate]).mean()
+        return losses
 
     def predict_embeddings(self, z, grid):
-        """Outputs (B, 1 + n, D) for embeddings (B, N, D); h[:, t] predicts z[:, t].
+        """Outputs (B, 1 + n, D) for embeddings (B, N, D); h[:, t] predicts z[:, t]."""
+        return self.outputs(z, grid)[-1]
+
+    def outputs(self, z, grid, out_indices=(-1,)):
+        """Outputs [(B, 1 + n, D)] of blocks for embeddings (B, N, D), class token first.
 
         Behind a causal mask nobody sees the last ``shift`` patches and their own
         outputs predict nothing, so they are targets but no inputs: n = N - shift.
@@ -137,7 +161,8 @@ class NEPA(BaseSelfSupervisor):
             z = z[:, :self.head.num_inputs(z.shape[1])]
         if self.mask_ratio:
             z = self.mask(z)
-        return self.backbone.encode(z, grid)[-1]
+        return [self.backbone.without_registers(x)
+                for x in self.backbone.encode(z, grid, out_indices)]
 
     def mask(self, z):
         """Replace a random ``mask_ratio`` of each image's embeddings by the mask token."""

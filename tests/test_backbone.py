@@ -215,8 +215,8 @@ def test_layer_depth():
     assert [depths[f'layers.{i}.attn.qkv.weight'][0] for i in range(3)] == [1, 2, 3]
     assert depths['norm.weight'][0] == depths['fc_norm.bias'][0] == 4
     assert model.get_layer_depth('head.fc.weight', 'backbone.') == (4, 5)
-    with pytest.raises(ValueError, match='backbone.pos_embed is no parameter of NEPAViT'):
-        model.get_layer_depth('backbone.pos_embed', 'backbone.')
+    with pytest.raises(ValueError, match='backbone.decoder is no parameter of NEPAViT'):
+        model.get_layer_depth('backbone.decoder', 'backbone.')
 
 
 @pytest.mark.parametrize('kwargs, message', [
@@ -228,6 +228,8 @@ def test_layer_depth():
     (dict(out_type='mean'), "out_type must be one of .* got 'mean'"),
     (dict(out_indices=[3]), r'out_indices must be in \[-3, 2\] for 3 blocks, got 3'),
     (dict(frozen_stages=4), r'frozen_stages must be in \[-1, 3\], got 4'),
+    (dict(scan='hilbert'), "scan must be one of .* got 'hilbert'"),
+    (dict(num_register_tokens=-1), 'num_register_tokens must be 0 or .* got -1'),
     (dict(remainder='crop'), "remainder must be one of .* got 'crop'"),
     (dict(drop_path_rate=-0.1), r'drop_path_rate must be in \[0, 1\), got -0.1'),
     (dict(drop_rate=1.), r'drop_rate must be in \[0, 1\), got 1.0'),

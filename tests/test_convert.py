@@ -285,7 +285,8 @@ def test_inexpressible_options():
     backbone = dict(type='NEPAViT', arch='tiny', out_type='avg_featmap', fc_norm=True)
     head = dict(type='LinearClsHead', num_classes=2, in_channels=192)
     for name, value in dict(final_norm=False, act_cfg=dict(type='HSwish'), out_indices=3,
-                            out_type='cls_token').items():
+                            out_type='cls_token', rope_theta=None, use_abs_pos_emb=True,
+                            num_register_tokens=4, scan='snake').items():
         with pytest.raises(ValueError, match=f'{name}=.* cannot be expressed'):
             published_config(dict(type='ImageClassifier', backbone=backbone | {name: value},
                                   head=head))

@@ -57,7 +57,8 @@ def test_tokens(causal):
 
 def test_refusals():
     for name, value in dict(out_type='last_token', act_cfg=dict(type='SiLU'), drop_rate=0.1,
-                            out_indices=(3, 5)).items():
+                            out_indices=(3, 5), rope_theta=None, use_abs_pos_emb=True,
+                            num_register_tokens=4, scan='snake').items():
         with pytest.raises(ValueError, match=f'{name}=.* cannot be expressed'):
             eva_args({'arch': 'tiny', name: value})
     model = build(SMALL, 3)

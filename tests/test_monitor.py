@@ -170,6 +170,7 @@ class MadeUp(BaseModel):
         super().__init__()
         self.kind, self.head, self.backbone = kind, NEPAHead(), nn.Module()
         self.backbone.patch_embed, self.backbone.norm = self.PatchEmbed(), nn.Identity()
+        self.backbone.without_registers = lambda tokens: tokens
         self.backbone.patch_embed.collapsed = kind == 'collapsed'
         self.weight = nn.Parameter(torch.zeros(()))
 

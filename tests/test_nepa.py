@@ -135,6 +135,8 @@ def test_modes():
 @pytest.mark.parametrize('kwargs, message', [
     (dict(head=dict(shift=-1)), 'shift must be 0 or a positive number of patches, got -1'),
     (dict(mask_ratio=1.), r'mask_ratio must be in \[0, 1\), got 1.0'),
+    (dict(intermediate_blocks=(0, -1)), r'among the 2 blocks before the last one, got \(0, -1\)'),
+    (dict(intermediate_blocks=(3,)), r'among the 2 blocks before the last one, got \(3,\)'),
     (dict(mask_ratio=-0.4), r'mask_ratio must be in \[0, 1\), got -0.4')])
 def test_refusals(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -142,5 +144,5 @@ def test_refusals(kwargs, message):
 
 
 def test_shift_beyond_the_image():
-    with pytest.raises(ValueError, match='shift=5 needs at least as many patches.* has 4'):
+    with pytest.raises(ValueError, match='shift=5 needs at least 5 patches.* has 4'):
         nepa(head=dict(shift=5)).loss(torch.randn(1, 3, 28, 28))

@@ -35,7 +35,8 @@ with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an opti
     import nepa_mm  # noqa: F401
 from nepa_mm.checkpoint import load_pretrained  # noqa: E402
 from nepa_mm.knn import knn_accuracy  # noqa: E402
-from nepa_mm.runtime import build_runner, load_config  # noqa: E402
+from nepa_mm.runtime import load_config  # noqa: E402
+from nepa_mm.trials import train, train_on_few_labels  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
@@ -66,33 +67,12 @@ class ProgressHook(Hook):
         self.bar.stop()
 
 
-def train(config, work_dir, options, hook=None):
-    """What tools/train.py does, with the console's log kept for the log file alone."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        cfg = load_config(CONFIGS / f'{config}.py', options, str(work_dir))
-        cfg.resume = False
-        runner = build_runner(cfg)
-        if hook:
-            runner.register_hook(hook)
-        runner.train()
-    return runner
-
-
 def supervised(config, start, labels, seed, work_dir, checkpoint):
     """Top-1 in percent of one run with few labels; runs in a process of its own."""
     torch.set_num_threads(1)
-    epochs = LABELS[labels]
-    options = {
-        'train_dataloader.dataset.num_labels': labels, 'train_dataloader.dataset.seed': seed,
-        'randomness.seed': seed, 'train_cfg.max_epochs': epochs,
-        'train_cfg.val_interval': epochs, 'param_scheduler.end': epochs,
-        'default_hooks.checkpoint': None}
-    if start == 'random':
-        options['model.backbone.init_cfg'] = None
-    else:
-        options['model.backbone.init_cfg.checkpoint'] = str(checkpoint)
-    runner = train(config, Path(work_dir) / f'{config}_{labels}_{start}_{seed}', options)
-    return runner.message_hub.get_scalar('val/accuracy/top1').current()
+    return train_on_few_labels(
+        CONFIGS / f'{config}.py', Path(work_dir) / f'{config}_{labels}_{start}_{seed}', labels,
+        LABELS[labels], seed, checkpoint if start == 'pretrained' else None)
 
 
 def compare(jobs, work_dir, checkpoint, seeds):
@@ -226,7 +206,7 @@ def main(argv=None):
     torch.set_num_threads(1)
 
     console.print('NEPA reads the 16 patches of a digit in order and predicts the next one.')
-    runner = train('digits_pretrain', out / 'digits_pretrain', {
+    runner = train(CONFIGS / 'digits_pretrain.py', out / 'digits_pretrain', {
         'train_cfg.max_epochs': args.epochs, 'param_scheduler.end': args.epochs,
         'param_scheduler.warmup': min(3, args.epochs - 1),
         'default_hooks.checkpoint.interval': args.epochs}, ProgressHook(console, args.epochs))

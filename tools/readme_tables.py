@@ -1,9 +1,10 @@
-"""Write the tables of the READMEs from the metafiles, or check that they agree.
+"""Write the tables of the READMEs from metafiles and configs, or check that they agree.
 
     python tools/readme_tables.py [--check]
 
 A table stands between `<!-- table: configs/pretrain/metafile.yml -->` and `<!-- end of table -->`
-and has the columns of the metafile: Metadata, Metrics, Source.
+and has the columns of the metafile: Metadata, Metrics, Source. Configs, as in `.../ablations/*.py`,
+give a row each from their docstrings: Paper, Changes, Expected.
 """
 import argparse
 import os
@@ -14,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r'(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)', re.S)
+FIELD = re.compile(r'^([A-Z]\w+): +(.*(?:\n {10}.*)*)', re.M)
 
 
 def table(metafile, folder):
@@ -29,19 +31,47 @@ def table(metafile, folder):
         rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row if key != 'Source'))
     columns += ['Source'] * any('Source' in row for row in rows)
+    return format_rows(columns, rows)
+
+
+def docstring_fields(config):
+    """The fields of a config's docstring, e.g. ``Paper``, each on one line."""
+    docstring = Path(config).read_text().split('"""')[1]
+    return {name: ' '.join(value.split()) for name, value in FIELD.findall(docstring)}
+
+
+def ablations(pattern, folder):
+    """The table of the configs that match a pattern, with links relative to a folder."""
+    rows = []
+    for config in ROOT.glob(pattern):
+        fields = docstring_fields(config)
+        published = fields['Expected'].partition(' (published)')
+        rows.append({
+            'Paper': fields['Paper'].removeprefix('arXiv 2512.16922, ').rstrip('.'),
+            'Config': f'[{config.stem}]({os.path.relpath(config, folder)})',
+            'Changes': ', '.join(f'`{change}`' for change in fields['Changes'].split()),
+            'Published': published[0].partition(' top-1')[0] if published[1] else '–'})
+    rows.sort(key=lambda row: (row['Paper'].startswith('none'), row['Paper'], row['Config']))
+    return format_rows(list(rows[0]), rows)
+
+
+def format_rows(columns, rows):
+    """Markdown; what a row lacks is a dash."""
     cells = [columns, ['---'] * len(columns), *([row.get(c, '–') for c in columns] for row in rows)]
     return ''.join(f'| {" | ".join(map(str, row))} |\n' for row in cells)
 
 
 def render(readme):
     """What a README should say."""
-    return MARKED.sub(lambda found: found[1] + table(found[2], readme.parent) + found[3],
-                      readme.read_text())
+    def fill(found):
+        write = ablations if found[2].endswith('.py') else table
+        return found[1] + write(found[2], readme.parent) + found[3]
+    return MARKED.sub(fill, readme.read_text())
 
 
 def readmes():
     """The READMEs with a table."""
-    found = [ROOT / 'README.md', *sorted(ROOT.glob('configs/*/README.md'))]
+    found = [ROOT / 'README.md', *sorted(ROOT.glob('configs/**/README.md'))]
     return [path for path in found if MARKED.search(path.read_text())]
 
 

@@ -145,6 +145,7 @@ class NEPAMonitorHook(Hook):
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self.caught['h'] = self.model.backbone.without_registers(self.caught['h'])
         result = prediction_statistics(**self.caught, shift=self.model.head.shift)
         self.caught = {}
         # all processes get the mean, and come to the same judgement

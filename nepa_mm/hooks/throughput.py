@@ -33,7 +33,7 @@ def flops_per_image(model, height, width):
     N = math.prod(count(size / patch)
                   for size, patch in zip((height, width), patch_embed.patch_size))
     n = model.head.num_inputs(N) if backbone.causal else N
-    T = 1 + n
+    T = backbone.num_extra_tokens + n
     pairs = T * (T + 1) // 2 if backbone.causal else T * T
     weights = sum(m.weight.numel() for m in backbone.layers.modules() if isinstance(m, nn.Linear))
     blocks = 2 * T * weights + backbone.num_layers * 4 * pairs * D    # 4: scores and values

@@ -1,0 +1,17 @@
+"""NEPA that reads every second row from right to left: next patches always touch.
+
+Paper:    none; beyond the paper.
+Expected: unknown, not run here.
+Cost:     that of nepa_vit-b_50k.py.
+Changes:  model.backbone.scan=snake
+Command:  tools/dist_train.sh configs/pretrain/ablations/nepa_vit-b_50k_scan-snake.py 8
+
+Row by row, 'raster', is nepa_vit-b_50k.py. Fine-tuning needs the same scan: give also
+model.backbone.scan=snake.
+
+Fine-tuning: configs/classification/ablations/nepa_vit-b_ft_50k.py with
+  model.backbone.init_cfg.checkpoint=work_dirs/nepa_vit-b_50k_scan-snake/epoch_80.pth
+"""
+_base_ = ['./nepa_vit-b_50k.py']
+
+model = dict(backbone=dict(scan='snake'))

@@ -1,0 +1,88 @@
+"""`make ablations`: its verdict, and a very short run from end to end."""
+import copy
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from .tiny_runs import load_tool
+
+tool = load_tool('ablations')
+
+ENDS = {    # next_cosine, copy_cosine, lift, embedding_std, embedding_rank, output_rank
+    'full': (0.9, 0.2, 0.7, 0.8, 8.5, 12.), 'no causal mask': (0.99, 0.2, 0.8, 0.8, 7., 9.),
+    'no shift': (0., 1., -1., 0.5, 3.5, 3.5), 'no stop-gradient': (1., 1., 0., 0.002, 1.03, 1.)}
+WARNED = {'no shift': ['copying'], 'no stop-gradient': ['collapse']}
+TOP1 = {'full': 89., 'no causal mask': 78., 'no shift': 50., 'no stop-gradient': 15.,
+        tool.SCRATCH: 80.}
+
+
+def made_up():
+    """What the tool should find, in numbers near those of a real run."""
+    results = {row: [dict(
+        {name: [0.5, end] for name, end in zip(tool.MONITORS, ends)}, iterations=[21, 42],
+        warned=WARNED.get(row, []), loss=-1. if row in WARNED else -0.9, top1=TOP1[row])]
+        for row, ends in ENDS.items()}
+    return results | {tool.SCRATCH: [dict(top1=TOP1[tool.SCRATCH])]}
+
+
+def test_verdict():
+    assert tool.check(made_up()) == []
+
+
+@pytest.mark.parametrize('row, change, words', [
+    ('full', dict(warned=['copying']), 'full, seed 0: expected no warning'),
+    ('full', dict(lift=[0.1]), 'lift 0.100'),
+    ('no shift', dict(warned=[]), 'expected the identity .* warned of nothing'),
+    ('no shift', dict(copy_cosine=[0.9]), 'copy_cosine 0.900'),
+    ('no stop-gradient', dict(warned=[]), 'expected equal embeddings'),
+    ('no stop-gradient', dict(embedding_std=[0.5]), 'embedding_std 0.500'),
+    ('no stop-gradient', dict(embedding_rank=[5.]), 'embedding_rank 5.000'),
+    ('no causal mask', dict(top1=102.), 'no causal mask: 90.0 %.* no less than the 89.0 %')])
+def test_what_did_not_show(row, change, words):
+    results = made_up()
+    results[row].append(copy.deepcopy(results[row][0]))
+    results[row][0].update(change)      # one seed is enough
+    problem, = tool.check(results)
+    assert re.search(words, problem)
+
+
+def test_words_and_table():
+    text = ' '.join(tool.explain(made_up()))
+    assert 'copy_cosine 1.000' in text and 'embedding_std 0.002' in text
+    assert 'next_cosine 0.990 against 0.900' in text
+    header, rows = tool.tabulate(made_up())
+    cells = {row[0]: dict(zip(header, row)) for row in rows}
+    assert cells['no shift']['ImageNet-1K, % (published)'] == 'fail'
+    assert cells['full']['ImageNet-1K, % (published)'] == '76.8'
+    assert cells['no shift']['warning'] == 'copying' and cells['full']['warning'] == '–'
+    assert cells['full']['digits, 300 labels, %'] == '89.0'
+    assert cells[tool.SCRATCH]['loss'] == '–'
+
+
+def test_short_run(tmp_path, monkeypatch, capsys):
+    """Every part runs; the exit status follows the verdict."""
+    monkeypatch.setattr(tool, 'LABELS', 20)
+    monkeypatch.setattr(tool, 'FINETUNE_EPOCHS', 9)
+    monkeypatch.setattr(tool, 'run_all', in_process)
+    monkeypatch.setattr(tool, 'check', lambda results: ['The copy hid.'])
+    assert tool.main(['--work-dir', str(tmp_path / 'out'), '--epochs', '1', '--seeds', '1']) is True
+    saved = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert set(saved['rows']) == {*tool.ROWS, tool.SCRATCH}
+    assert saved['rows']['full'][0]['iterations'] == [21]
+    # the rows really differ: without shift, the output is the patch just read from the start
+    assert saved['rows']['no shift'][0]['copy_cosine'][-1] > 0.9
+    assert saved['rows']['full'][0]['copy_cosine'][-1] < 0.9
+    assert min(Image.open(tmp_path / 'out' / 'monitors.png').size) > 300
+    printed, written = capsys.readouterr().out, (tmp_path / 'out' / 'results.md').read_text()
+    for text in (printed, written):
+        assert 'The copy hid.' in text and 'no causal mask' in text and '73.6' in text
+    monkeypatch.setattr(tool, 'run_all', lambda *args: saved['rows'])
+    monkeypatch.setattr(tool, 'check', lambda results: [])
+    assert tool.main(['--work-dir', str(tmp_path / 'again')]) is False
+
+
+def in_process(epochs, seeds, work_dir, report):
+    """tool.run_all without processes, and only two rows in earnest."""
+    return made_up() | {row: [tool.run(row, 0, epochs, work_dir)] for row in ('full', 'no shift')}
