@@ -151,7 +151,7 @@ def inspect_image(backbone, img, query, layers, heads, block, rollout=False, shi
     z, h = (F.normalize(x[0].float(), dim=-1, eps=1e-12) for x in (z, outs[-1]))
     # without the class token; its output predicts patch `shift - 1`, that of patch t predicts
     # t + shift, and those of the last `shift` patches predict nothing
-    cls, h = h[prefix - 1], h[prefix:]
+    cls, h = h[0], h[prefix:]
     next_cosine, lift = z.new_full((2, num_patches), torch.nan)
     lift[shift:] = next_cosine[shift:] = (h[:-shift] * z[shift:]).sum(dim=-1)
     next_cosine[shift - 1] = cls @ z[shift - 1]

@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 from mmengine.registry import DATASETS
+from PIL import Image
 
-from nepa_mm.datasets import Digits
+from nepa_mm.datasets import Digits, write_digit_scenes
 
 
 def test_split_covers_scikit_learn():
@@ -45,3 +46,23 @@ def test_label_fits_image():
 def test_refusals(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Digits(**kwargs)
+
+
+def test_digit_scenes(tmp_path):
+    """ADE20K's layout; labels lie where the ink is; a scene depends on its number alone."""
+    write_digit_scenes(tmp_path / 'a', 3, 2)
+    write_digit_scenes(tmp_path / 'b', 2, 2)
+    write_digit_scenes(tmp_path / 'c', 1, 1, seed=1)
+    for part, num in (('training', 3), ('validation', 2)):
+        images = sorted((tmp_path / 'a' / 'images' / part).iterdir())
+        assert [path.name for path in images] == [f'{i:05d}.jpg' for i in range(num)]
+        for path in images:
+            image = np.asarray(Image.open(path).convert('L')).astype(int)
+            annotation = tmp_path / 'a' / 'annotations' / part / f'{path.stem}.png'
+            label = np.asarray(Image.open(annotation))
+            assert image.shape == label.shape == (32, 32) and label.max() <= 11
+            for corner in np.s_[:16, :16], np.s_[:16, 16:], np.s_[16:, :16], np.s_[16:, 16:]:
+                assert len(set(np.unique(label[corner])) - {0, 1}) == 1     # one digit each
+            assert image[label > 1].min() > 60 > image[label == 1].mean()
+    read = lambda folder: (tmp_path / folder / 'images/training/00000.jpg').read_bytes()  # noqa: E731
+    assert read('a') == read('b') != read('c')

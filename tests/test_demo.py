@@ -20,6 +20,7 @@ def test_verdict():
     assert 'collapsed' in collapsed and '-0.9999' in collapsed
     assert 'collapsed' in demo.check(results(spread=0.01))[0]
     rows = {'fine-tuning': dict(random=[70., 72.], pretrained=[71., 70.])}
+    rows[demo.SEGMENTATION] = dict(random=[50.], pretrained=[45.])
     useless, = demo.check(results(rows=rows))
     assert 'did not help: fine-tuning gives 70.5 % with it and 71.0 % without' in useless
 
@@ -27,7 +28,8 @@ def test_verdict():
 def test_short_demo(tmp_path, monkeypatch, capsys):
     """Every part runs; the exit status follows the verdict."""
     problems = ['The pretraining collapsed.']
-    monkeypatch.setattr(demo, 'LABELS', {20: 9})
+    monkeypatch.setattr(demo, 'LABELS', {20: 9, 300: 9})
+    monkeypatch.setattr(demo, 'ITERS', 5)
     monkeypatch.setattr(demo, 'compare', in_process)
     monkeypatch.setattr(demo, 'check', lambda results: problems)
     out = tmp_path / 'demo'
@@ -35,11 +37,12 @@ def test_short_demo(tmp_path, monkeypatch, capsys):
     table = (out / 'results.md').read_text()
     rows = json.loads((out / 'results.json').read_text())['rows']
     assert set(rows) == {'k-NN, first block', demo.LAST_BLOCK, 'fine-tuning, 20 labels',
-                         'linear probe, first block, 300 labels'}
+                         'fine-tuning, 300 labels', 'linear probe, first block, 300 labels',
+                         demo.SEGMENTATION}
     assert all(0 <= value <= 100 for row in rows.values() for runs in row.values()
                for value in runs)
     assert all(name in table for name in rows)
-    for name in ('loss.png', 'prediction.png'):
+    for name in ('loss.png', 'prediction.png', 'segmentation.png'):
         assert min(Image.open(out / name).size) > 300
     printed = capsys.readouterr().out
     assert 'pretraining' in printed and 'Epoch(train)' not in printed
@@ -47,7 +50,8 @@ def test_short_demo(tmp_path, monkeypatch, capsys):
     assert 'Epoch(train)' in next((out / 'digits_pretrain').glob('*/*.log')).read_text()
 
 
-def in_process(jobs, work_dir, checkpoint, seeds):
-    """demo.compare without processes, on 20 labels."""
-    return {job: {start: [demo.supervised(job[0], start, 20, seed, work_dir, checkpoint)
-                          for seed in range(seeds)] for start in demo.STARTS} for job in jobs}
+def in_process(jobs, *args):
+    """demo.compare without processes, one seed."""
+    work_dir, checkpoint, _ = args
+    return {name: {start: [job(start, 0, work_dir, checkpoint)] for start in demo.STARTS}
+            for name, job in jobs.items()}

@@ -284,6 +284,9 @@ def test_refusals(pretrained, capsys):
     cfg.model.backbone.arch.num_layers += 1
     cfg.dump('deeper.py')
     assert 'never trained cannot predict: layers.3' in refuse('deeper.py', checkpoint, image)
+    cfg.model.backbone.scan = 'snake'
+    cfg.dump('snake.py')
+    assert "scan order 'snake'" in refuse('snake.py', checkpoint, image)
     cfg.model.backbone = dict(type='ResNet', depth=18)
     cfg.dump('resnet.py')
     assert 'no model with a NEPAViT as backbone, but ResNet' in refuse('resnet.py', *pretrained[1:])

@@ -3,8 +3,8 @@
     make demo        or        python tools/demo.py [--work-dir DIR] [--epochs N] [--seeds N]
 
 Everything goes through the Runner and configs (configs/demo) that ImageNet uses. Writes
-results.md, results.json, loss.png and prediction.png; ends with status 1 when the pretraining
-collapsed or did not help.
+results.md, results.json, loss.png, prediction.png and segmentation.png; ends with status 1 when
+the pretraining collapsed or did not help.
 """
 import argparse
 import contextlib
@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # two processes on two cores, not two on each
@@ -27,6 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
+from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -34,14 +36,17 @@ from rich.table import Table  # noqa: E402
 with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an optional package
     import nepa_mm  # noqa: F401
 from nepa_mm.checkpoint import load_pretrained  # noqa: E402
+from nepa_mm.datasets import write_digit_scenes  # noqa: E402
 from nepa_mm.knn import knn_accuracy  # noqa: E402
 from nepa_mm.runtime import load_config  # noqa: E402
 from nepa_mm.trials import train, train_on_few_labels  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
+ITERS = 250                     # of training UPerNet
 STARTS = ('random', 'pretrained')
 LAST_BLOCK = 'k-NN, last block'
+SEGMENTATION = 'UPerNet, 30 scenes, mIoU'
 
 
 class ProgressHook(Hook):
@@ -67,7 +72,7 @@ class ProgressHook(Hook):
         self.bar.stop()
 
 
-def supervised(config, start, labels, seed, work_dir, checkpoint):
+def classify(config, labels, start, seed, work_dir, checkpoint):
     """Top-1 in percent of one run with few labels; runs in a process of its own."""
     torch.set_num_threads(1)
     return train_on_few_labels(
@@ -75,20 +80,46 @@ def supervised(config, start, labels, seed, work_dir, checkpoint):
         LABELS[labels], seed, checkpoint if start == 'pretrained' else None)
 
 
+def segment(start, seed, work_dir, checkpoint):
+    """mIoU in percent of one UPerNet on the scenes; runs in a process of its own."""
+    torch.set_num_threads(1)
+    options = {
+        'randomness.seed': seed, 'train_cfg.max_iters': ITERS, 'train_cfg.val_interval': ITERS,
+        'default_hooks.checkpoint.interval': ITERS,
+        **{f'{split}_dataloader.dataset.data_root': str(Path(work_dir) / 'scenes')
+           for split in ('train', 'val')}}
+    if start == 'random':
+        options['model.backbone.init_cfg'] = None
+    else:
+        options['model.backbone.init_cfg.checkpoint'] = checkpoint
+    runner = train(CONFIGS / 'digits_upernet.py', segmentor_dir(work_dir, start, seed), options)
+    return runner.message_hub.get_scalar('val/mIoU').current()
+
+
+def segmentor_dir(work_dir, start, seed):
+    return Path(work_dir) / f'digits_upernet_{start}_{seed}'
+
+
 def compare(jobs, work_dir, checkpoint, seeds):
-    """Run (config, labels) pairs from both starts over all seeds, one process per core.
+    """Run jobs from both starts over all seeds, one process per core.
+
+    Args:
+        jobs (dict[str, Callable]): Name -> a function of start, seed, ``work_dir`` and
+            ``checkpoint``.
+        work_dir (str): The demo's folder.
+        checkpoint (str): Of the pretraining.
+        seeds (int): Runs per job and start.
 
     Returns:
-        dict: (config, labels) -> start -> list of top-1, one per seed.
+        dict: Name -> start -> list of results, one per seed.
     """
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        futures = {(job, start): [pool.submit(supervised, job[0], start, job[1], seed,
-                                              str(work_dir), str(checkpoint))
-                                  for seed in range(seeds)]
-                   for job in jobs for start in STARTS}
-        return {job: {start: [f.result() for f in futures[job, start]] for start in STARTS}
-                for job in jobs}
+        futures = {(name, start): [pool.submit(job, start, seed, work_dir, checkpoint)
+                                   for seed in range(seeds)]
+                   for name, job in jobs.items() for start in STARTS}
+        return {name: {start: [f.result() for f in futures[name, start]] for start in STARTS}
+                for name in jobs}
 
 
 def check(results):
@@ -99,8 +130,9 @@ def check(results):
             of the normalised embeddings times sqrt(D): 1 if they fill the sphere, 0 if they
             are all equal) and ``rows`` (name -> start -> list of accuracies).
 
-    The last block's features do not count: they are made to resemble the next embedding
-    and are shallow by construction (paper, Table 6).
+    Two rows do not count: the last block's features are made to resemble the next embedding
+    and are shallow by construction (paper, Table 6), and UPerNet, whose decoder is as large as
+    the network, learns these scenes as well without pretraining (README).
     """
     problems = []
     if results['loss'] < -0.999 or results['spread'] < 0.1:
@@ -109,7 +141,7 @@ def check(results):
                         'directions, 0 is one point).')
     for name, row in results['rows'].items():
         random, pretrained = (np.mean(row[start]) for start in STARTS)
-        if pretrained <= random and name != LAST_BLOCK:
+        if pretrained <= random and name not in (LAST_BLOCK, SEGMENTATION):
             problems.append(f'The pretraining did not help: {name} gives {pretrained:.1f} % '
                             f'with it and {random:.1f} % without.')
     return problems
@@ -178,10 +210,53 @@ def plot_predictions(model, bank, images, path):
     plt.close(figure)
 
 
+def plot_segmentation(work_dir, path, num=6):
+    """Scenes, their labels and what the segmentors of seed 0 make of them.
+
+    Args:
+        work_dir (Path): The demo's folder.
+        path (Path): The picture.
+        num (int): How many validation scenes. Defaults to 6.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+    from mmseg.apis import inference_model, init_model
+
+    names = [f'{i:05d}' for i in range(num)]
+    images = [str(work_dir / f'scenes/images/validation/{name}.jpg') for name in names]
+    rows = {'image': [np.asarray(Image.open(image)) for image in images]}
+    labels = [np.asarray(Image.open(work_dir / f'scenes/annotations/validation/{name}.png'))
+              for name in names]
+    rows['truth'] = [label.astype(int) - 1 for label in labels]
+    for start, row in (('pretrained', 'prediction,\nwith pretraining'),
+                       ('random', 'prediction,\nwithout')):
+        folder = segmentor_dir(work_dir, start, 0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = init_model(str(folder / 'digits_upernet.py'),
+                               str(folder / f'iter_{ITERS}.pth'), device='cpu')
+        rows[row] = [result.pred_sem_seg.data[0].numpy()
+                     for result in inference_model(model, images)]
+    classes = model.dataset_meta['classes']
+    palette = np.array([*model.dataset_meta['palette'], [128, 128, 128]]) / 255  # -1: unlabelled
+    figure, axes = plt.subplots(len(rows), num, figsize=(1.5 * num + 2, 6.8), layout='constrained')
+    for line, (name, pictures) in zip(axes, rows.items()):
+        for axis, picture in zip(line, pictures):
+            axis.imshow(picture if picture.ndim == 3 else palette[picture], interpolation='nearest')
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, rotation=0, ha='right', va='center')
+    figure.legend(handles=[Patch(color=colour, label=label) for colour, label
+                           in zip(palette, (*classes, 'unlabelled edge'))],
+                  loc='outside lower center', ncols=6, frameon=False)
+    figure.suptitle('UPerNet on NEPA, scenes of digits that it has not seen')
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def show(console, results, path):
     """Print the table and write it as Markdown."""
-    table = Table('accuracy on 500 test digits, %', 'without', 'with pretraining', 'gain')
-    lines = ['| accuracy on 500 test digits, % | without | with pretraining | gain |',
+    head = 'accuracy on 500 test digits or mIoU on 100 scenes, %'
+    table = Table(head, 'without', 'with pretraining', 'gain')
+    lines = [f'| {head} | without | with pretraining | gain |',
              '| --- | --- | --- | --- |']
     for name, row in results['rows'].items():
         cells = [f'{np.mean(row[s]):.1f}' + (f' ± {np.std(row[s]):.1f}' if len(row[s]) > 1 else '')
@@ -213,7 +288,7 @@ def main(argv=None):
     losses = np.array(runner.message_hub.get_scalar('train/loss').data[0])
     checkpoint = out / 'digits_pretrain' / f'epoch_{args.epochs}.pth'
 
-    console.print('Classifying by nearest neighbours, and training with few labels ...')
+    console.print('Classifying by nearest neighbours, training with few labels, segmenting ...')
     cfg = load_config(CONFIGS / 'digits_finetune.py',
                       {'train_dataloader.dataset.num_labels': None})
     cfg.train_dataloader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
@@ -226,10 +301,12 @@ def main(argv=None):
     rows = {name: {start: [knn_accuracy(models[start], bank, queries, block=block)['top1']]
                    for start in STARTS}
             for name, block in (('k-NN, first block', 0), (LAST_BLOCK, -1))}
-    jobs = {('digits_linear', 300): 'linear probe, first block, 300 labels',
-            **{('digits_finetune', n): f'fine-tuning, {n} labels' for n in LABELS}}
-    for job, row in compare(jobs, out, checkpoint, args.seeds).items():
-        rows[jobs[job]] = row
+    write_digit_scenes(out / 'scenes')
+    jobs = {'linear probe, first block, 300 labels': partial(classify, 'digits_linear', 300),
+            **{f'fine-tuning, {n} labels': partial(classify, 'digits_finetune', n)
+               for n in LABELS},
+            SEGMENTATION: segment}
+    rows |= compare(jobs, str(out), str(checkpoint), args.seeds)
 
     model = models['pretrained']
     normalise = model.data_preprocessor
@@ -241,12 +318,13 @@ def main(argv=None):
     (out / 'results.json').write_text(json.dumps(results, indent=2))
     plot_loss(losses, out / 'loss.png')
     plot_predictions(model, images['bank'], images['queries'][:8], out / 'prediction.png')
+    plot_segmentation(out, out / 'segmentation.png')
     show(console, results, out / 'results.md')
     problems = check(results)
     for problem in problems:
         console.print(problem, style='red')
-    console.print(f'{results["seconds"]} s. Table, loss curve and a picture of the predictions '
-                  f'are in {out}.', soft_wrap=True)
+    console.print(f'{results["seconds"]} s. Table, loss curve and pictures of predictions '
+                  f'and segmentation are in {out}.', soft_wrap=True)
     return bool(problems)
 
 

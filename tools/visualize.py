@@ -65,6 +65,9 @@ def build_backbone(cfg, args):
     if str(backbone.get('type')).rpartition('.')[2] != NEPAViT.__name__:
         raise ValueError(f'{args.config} has no model with a NEPAViT as backbone, but '
                          f'{backbone.get("type")}.')
+    if backbone.get('scan', 'raster') != 'raster':
+        raise ValueError(f'{args.config} reads patches in scan order {backbone["scan"]!r}; the '
+                         "pictures are made for 'raster' only.")
     backbone.pop('init_cfg', None)      # the checkpoint has all of it
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     backbone = MODELS.build(backbone)
