@@ -110,6 +110,9 @@ class NEPAViT(BaseBackbone):
             blocks, ``num_layers`` the whole network. Defaults to -1.
         with_cp (bool): Whether to recompute each block in the backward pass to save
             memory. Defaults to False.
+        compile_blocks (bool): Whether torch.compile fuses the operations within a block.
+            All blocks share what is compiled, so the first step takes seconds longer,
+            not minutes. Names of parameters stay as they are. Defaults to False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.', weights=None | 'ema' | 'raw')`` starts from a
             checkpoint, see :func:`nepa_mm.checkpoint.load_pretrained`. Defaults to
@@ -138,7 +141,8 @@ class NEPAViT(BaseBackbone):
                  gated_mlp=False, act_cfg=dict(type='GELU'), layer_scale_init_value=1e-5,
                  norm_eps=1e-12, drop_rate=0., attn_drop_rate=0., drop_path_rate=0.,
                  rope_theta=100., rope_shift=None, rope_jitter=None, rope_rescale=2.,
-                 remainder='error', frozen_stages=-1, with_cp=False, init_cfg=None):
+                 remainder='error', frozen_stages=-1, with_cp=False, compile_blocks=False,
+                 init_cfg=None):
         super().__init__(init_cfg)
         arch = self._arch_settings(arch)
         self.embed_dims, self.num_layers = arch['embed_dims'], arch['num_layers']
@@ -157,6 +161,8 @@ class NEPAViT(BaseBackbone):
         if fc_norm and out_type not in ('cls_token', 'last_token', 'avg_featmap'):
             raise ValueError('fc_norm normalises one vector per image and needs out_type '
                              f"'cls_token', 'last_token' or 'avg_featmap', got {out_type!r}.")
+        if compile_blocks and not hasattr(nn.Module, 'compile'):
+            raise ValueError(f'compile_blocks needs torch 2.2 or later, got {torch.__version__}.')
         self.out_type, self.with_cp, self.frozen_stages = out_type, with_cp, frozen_stages
         self.causal = causal
         self.out_indices = self._resolve(out_indices)
@@ -175,6 +181,9 @@ class NEPAViT(BaseBackbone):
                   layer_scale_init_value=layer_scale_init_value, norm_eps=norm_eps,
                   drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=rate)
             for rate in drop_path_rates)
+
+        for layer in self.layers if compile_blocks else ():
+            layer.compile()
 
         def norm(enabled):
             return nn.LayerNorm(self.embed_dims, norm_eps) if enabled else nn.Identity()
