@@ -124,6 +124,7 @@ class Training:
 
 def make_jpegs(folder, num):
     """Write images of 500 x 375 pixels, about as many bytes as ImageNet's."""
+    folder.mkdir()
     rng = np.random.default_rng(0)
     for index in range(num):
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -151,9 +152,9 @@ class Pipeline(Dataset):
         return self.pipeline(dict(img_path=str(self.files[index])))['inputs']
 
 
-def loading(folder, steps, workers):
-    """A function that loads all images of a folder and returns the seconds that it took."""
-    data = Pipeline(sorted(folder.iterdir()), steps)
+def loading(files, steps, workers):
+    """A function that loads all images and returns the seconds that it took."""
+    data = Pipeline(files, steps)
     batches = DataLoader(data, min(64, len(data)), num_workers=workers,
                          persistent_workers=workers > 0)
 

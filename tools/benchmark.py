@@ -30,6 +30,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from nepa_mm import peers, runtime, workloads
+from nepa_mm.datasets import resize_image
 from nepa_mm.hooks.throughput import flops_per_image, peak_flops
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
@@ -230,16 +231,24 @@ def loader(args):
     """Images per second of one process and of all together."""
     init_default_scope('mmpretrain')
     pillow = Config.fromfile(BASES / 'datasets' / 'imagenet_pretrain.py').train_pipeline
-    pipelines = {'Pillow': pillow}
+    pipelines = {'Pillow': pillow,
+                 'LoadRandomResizedCrop': [
+                     dict(type='LoadRandomResizedCrop', scale=pillow[1].scale), *pillow[2:]]}
     with tempfile.TemporaryDirectory() as folder:
-        workloads.make_jpegs(Path(folder), args.images)
+        original, small = Path(folder, 'original'), Path(folder, 'short side 256')
+        workloads.make_jpegs(original, args.images)
+        for path in original.iterdir():
+            resize_image(path, small / path.name, 256)
         durations, _ = take_turns({
-            (name, workers): workloads.loading(Path(folder), steps, workers)
-            for name, steps in pipelines.items() for workers in (0, args.workers)},
-            args.repeats, torch.float32, warmup=1)
+            (name, source.name, workers): workloads.loading(
+                sorted(source.iterdir()), steps, workers)
+            for source in (original, small) for name, steps in pipelines.items()
+            for workers in (0, args.workers)}, args.repeats, torch.float32, warmup=1)
     rate = {key: args.images / statistics.median(times) for key, times in durations.items()}
-    rows = [{'pipeline': name, 'images/s of one core': rate[name, 0],
-             'images/s in total': rate[name, args.workers]} for name in pipelines]
+    first = next(iter(rate.values()))
+    rows = [{'pipeline': name, 'files': source, 'images/s of one core': one,
+             'speed to Pillow': one / first, 'images/s in total': rate[name, source, args.workers]}
+            for (name, source, workers), one in rate.items() if workers == 0]
     return report(args, environment(args, images=args.images, workers=args.workers,
                                     repeats=args.repeats), rows)
 
