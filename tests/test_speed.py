@@ -107,6 +107,20 @@ def test_fused_adamw_is_left_out_where_torch_has_none(monkeypatch):
     assert optimizer_of(nepa(), True).optimizer.defaults['fused'] is None
 
 
+# Images on their way to the network
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+def test_preprocessor_equals_mmpretrains_bitwise(dtype):
+    images, labels = torch.randint(256, (2, 3, 28, 42)).to(dtype), [object(), object()]
+    before = images.clone()
+    ours, theirs = (MODELS.build(dict(
+        type=name, mean=[123.675, 116.28, 103.53], std=[58.4, 57.1, 57.4], to_rgb=True))(
+            dict(inputs=images, data_samples=labels if ours else [])) for name, ours in (
+                ('NEPADataPreprocessor', True), ('SelfSupDataPreprocessor', False)))
+    assert torch.equal(ours['inputs'], theirs['inputs']) and ours['inputs'].dtype == torch.float32
+    assert torch.equal(images, before) and ours['data_samples'] is labels
+
+
 # The log
 
 class ReadCounter(TorchDispatchMode):
