@@ -1,5 +1,6 @@
 """NEPA's Vision Transformer: a plain causal ViT whose only position signal is RoPE."""
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,17 @@ class PatchEmbed(nn.Module):
         patches = img[:, :, :gh * ph, :gw * pw].reshape(B, C, gh, ph, gw, pw)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(B, gh * gw, C * ph * pw)
         return F.linear(patches, conv.weight.flatten(1), conv.bias), (gh, gw)
+
+
+def run_block(layer, x, sin, cos):
+    """Call a block; a function of its own, so that all blocks are compiled as one."""
+    return layer(x, sin, cos)
+
+
+@cache
+def compiled_block():
+    """The same, compiled at the first call."""
+    return torch.compile(run_block)
 
 
 @MODELS.register_module()
@@ -110,9 +122,10 @@ class NEPAViT(BaseBackbone):
             blocks, ``num_layers`` the whole network. Defaults to -1.
         with_cp (bool): Whether to recompute each block in the backward pass to save
             memory. Defaults to False.
-        compile_blocks (bool): Whether torch.compile fuses the operations within a block.
-            All blocks share what is compiled, so the first step takes seconds longer,
-            not minutes. Names of parameters stay as they are. Defaults to False.
+        compile_blocks (bool): Whether torch.compile fuses the operations within a block in
+            training. All blocks share what is compiled, so the first step takes seconds
+            longer, not minutes; modules and parameters stay as they are. Defaults to
+            False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.', weights=None | 'ema' | 'raw')`` starts from a
             checkpoint, see :func:`nepa_mm.checkpoint.load_pretrained`. Defaults to
@@ -161,10 +174,8 @@ class NEPAViT(BaseBackbone):
         if fc_norm and out_type not in ('cls_token', 'last_token', 'avg_featmap'):
             raise ValueError('fc_norm normalises one vector per image and needs out_type '
                              f"'cls_token', 'last_token' or 'avg_featmap', got {out_type!r}.")
-        if compile_blocks and not hasattr(nn.Module, 'compile'):
-            raise ValueError(f'compile_blocks needs torch 2.2 or later, got {torch.__version__}.')
         self.out_type, self.with_cp, self.frozen_stages = out_type, with_cp, frozen_stages
-        self.causal = causal
+        self.causal, self.compile_blocks = causal, compile_blocks
         self.out_indices = self._resolve(out_indices)
 
         self.patch_embed = PatchEmbed(in_channels, self.embed_dims, to_2tuple(patch_size),
@@ -182,8 +193,6 @@ class NEPAViT(BaseBackbone):
                   drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=rate)
             for rate in drop_path_rates)
 
-        for layer in self.layers if compile_blocks else ():
-            layer.compile()
 
         def norm(enabled):
             return nn.LayerNorm(self.embed_dims, norm_eps) if enabled else nn.Identity()
@@ -278,12 +287,13 @@ class NEPAViT(BaseBackbone):
         x = self.drop(x)
         sin, cos = self.rope(grid, self.num_extra_tokens, x.device)
         sin, cos = sin[:x.shape[1]], cos[:x.shape[1]]
+        run = compiled_block() if self.compile_blocks and self.training else run_block
         outs = []
         for i, layer in enumerate(self.layers):
             if self.with_cp and self.training:
-                x = checkpoint(layer, x, sin, cos, use_reentrant=False)
+                x = checkpoint(run, layer, x, sin, cos, use_reentrant=False)
             else:
-                x = layer(x, sin, cos)
+                x = run(layer, x, sin, cos)
             if i in out_indices:
                 outs.append(self.norm(x) if i == self.num_layers - 1 else x)
         return outs

@@ -1,6 +1,5 @@
 """What makes training fast leaves its numbers alone: compiled blocks, fused AdamW, the log."""
 import copy
-import functools
 import itertools
 import json
 import shutil
@@ -14,11 +13,13 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
-from torch import nn
+from torch import distributed
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from nepa_mm import backbone
 from nepa_mm.backbone import NEPAViT
 from nepa_mm.history import DeferredHistory
 
@@ -27,10 +28,10 @@ from .conftest import TINY, smooth_images
 RUNS = itertools.count()
 
 
-def nepa(**backbone):
+def nepa(**options):
     torch.manual_seed(0)
     return MODELS.build(dict(type='NEPA', head=dict(type='NEPAHead'), backbone=dict(
-        type='NEPAViT', arch=TINY, layer_scale_init_value=0.5, rope_rescale=None, **backbone)))
+        type='NEPAViT', arch=TINY, layer_scale_init_value=0.5, rope_rescale=None, **options)))
 
 
 # Compiled blocks
@@ -42,6 +43,14 @@ def graphs():
     counters.clear()
     yield counters['stats']
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def traced(graphs, monkeypatch):
+    """Compile without generating code: what is compiled is the same, and it takes no time."""
+    compiled = torch.compile(backbone.run_block, backend='eager')
+    monkeypatch.setattr(backbone, 'compiled_block', lambda: compiled)
+    return graphs
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a compiler')
@@ -60,15 +69,44 @@ def test_compiled_blocks_compute_the_same(graphs):
 
 
 @pytest.mark.parametrize('with_cp', [False, True])
-def test_twelve_drop_path_rates_share_two_graphs(graphs, monkeypatch, with_cp):
+def test_twelve_drop_path_rates_share_two_graphs(traced, with_cp):
     """The first block, which drops nothing, has its own; more than 8 would not be compiled."""
-    monkeypatch.setattr(nn.Module, 'compile',
-                        functools.partialmethod(nn.Module.compile, backend='eager'))
     model = NEPAViT(arch=TINY | dict(num_layers=12), drop_path_rate=0.3, with_cp=with_cp,
                     compile_blocks=True, layer_scale_init_value=0.5)
     model(torch.randn(4, 3, 28, 28))[0].sum().backward()
-    assert graphs['unique_graphs'] == 2
+    assert traced['unique_graphs'] == 2
     assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    model(torch.randn(4, 3, 28, 28))
+    assert traced['unique_graphs'] == 2     # evaluation is not compiled: hooks work there
+
+
+def test_compiled_blocks_under_data_parallel(traced):
+    """Gradients arrive as without compilation."""
+    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        grads = []
+        for compiled in (False, True):
+            model = nepa(compile_blocks=compiled)
+            parallel = DistributedDataParallel(model)
+            parallel(smooth_images(2, size=28), mode='loss')['loss'].backward()
+            grads.append({name: p.grad for name, p in model.named_parameters()})
+    finally:
+        distributed.destroy_process_group()
+    assert traced['unique_graphs'] > 0
+    torch.testing.assert_close(*grads)
+
+
+def test_compiled_run_saves_and_resumes_like_an_eager_one(traced, tmp_path):
+    """Names, averaged and raw weights; an eager run may go on from a compiled one."""
+    for compiled in (False, True):
+        run(tmp_path / str(compiled), epochs=1, model=nepa(compile_blocks=compiled))
+    assert traced['unique_graphs'] > 0
+    eager, compiled = (torch.load(tmp_path / name / 'epoch_1.pth', weights_only=False)
+                       for name in ('False', 'True'))
+    for key in ('state_dict', 'ema_state_dict'):
+        torch.testing.assert_close(eager[key], compiled[key], rtol=1e-4, atol=1e-5)
+    assert run(tmp_path / 'True', epochs=2, resume=True).iter == 24
 
 
 def test_drop_path_drops_images_at_its_rate():
@@ -137,11 +175,11 @@ class ReadCounter(TorchDispatchMode):
 
 
 def run(work_dir, info='DeferredRuntimeInfoHook', epochs=2, hooks=(), resume=False,
-        info_options=None, **options):
+        info_options=None, model=None, **options):
     """Train on 12 iterations an epoch; the log has a line every 4."""
     torch.manual_seed(0)
     runner = Runner(
-        nepa(), str(work_dir), experiment_name=f'speed_{next(RUNS)}', resume=resume,
+        model or nepa(), str(work_dir), experiment_name=f'speed_{next(RUNS)}', resume=resume,
         train_dataloader=DataLoader(
             [dict(inputs=image, data_samples=0) for image in smooth_images(24, size=28)], 2),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),

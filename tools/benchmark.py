@@ -11,9 +11,9 @@ medians. MFU is model FLOPs utilisation: the FLOPs that NEPA needs (multiply-add
 2 x forward, visible pairs of tokens only, nothing for recomputation) per second, over the rate of
 a large matrix product measured between the turns. Everybody is charged the same FLOPs.
 
-`step` compares with an eager network in the manner of the released code (separate query, key and
-value, class token split off before the rotation and all 257 tokens, AdamW and EMA one tensor after
-the other), timm's Eva configured as NEPA, and stable-pretraining's NEPA where it is installed.
+`step` compares with an eager network in the manner of the released code (nothing packed, class
+token split off before the rotation, all 257 tokens, AdamW and EMA tensor by tensor), with timm's
+Eva configured as NEPA, and with stable-pretraining's NEPA where it is installed.
 """
 import argparse
 import json
@@ -98,10 +98,12 @@ def parse_args(argv=None):
 
 def take_turns(contestants, repeats, dtype, warmup=2):
     """Call all in turn; return the durations (s) that each reports, and the best matmul rate."""
-    durations, peak = {name: [] for name in contestants}, 0.
+    names = list(contestants)
+    durations, peak = {name: [] for name in names}, 0.
     for turn in range(warmup + repeats):
-        for name, run in contestants.items():
-            result = run()
+        first = turn % len(names)       # nobody always comes after the same one
+        for name in names[first:] + names[:first]:
+            result = contestants[name]()
             if turn >= warmup:
                 durations[name].append(result)
         peak = max(peak, peak_flops(dtype, get_device(), repeats=2))
