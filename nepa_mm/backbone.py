@@ -1,5 +1,6 @@
 """NEPA's Vision Transformer: a plain causal ViT whose only position signal is RoPE."""
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from mmengine.registry import MODELS
@@ -10,6 +11,17 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import load_pretrained
 from .layers import SCANS, Block, PatchEmbed, RotaryEmbedding, scan_order
+
+
+def run_block(layer, x, sin, cos):
+    """Call a block; a function of its own, so that all blocks are compiled as one."""
+    return layer(x, sin, cos)
+
+
+@cache
+def compiled_block():
+    """The same, compiled at the first call."""
+    return torch.compile(run_block)
 
 
 @MODELS.register_module()
@@ -83,6 +95,10 @@ class NEPAViT(BaseBackbone):
             the first k blocks, ``num_layers`` the whole network. Defaults to -1.
         with_cp (bool): Whether to recompute each block in the backward pass to save
             memory. Defaults to False.
+        compile_blocks (bool): Whether torch.compile fuses the operations within a block in
+            training. All blocks share what is compiled, so the first step takes seconds
+            longer, not minutes; modules and parameters stay as they are. Defaults to
+            False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.', weights=None | 'ema' | 'raw')`` starts from a
             checkpoint, see :func:`nepa_mm.checkpoint.load_pretrained`. Defaults to
@@ -110,7 +126,8 @@ class NEPAViT(BaseBackbone):
                  norm_eps=1e-12, drop_rate=0., attn_drop_rate=0., drop_path_rate=0.,
                  rope_theta=100., rope_shift=None, rope_jitter=None, rope_rescale=2.,
                  use_abs_pos_emb=False, img_size=224, num_register_tokens=0, scan='raster',
-                 remainder='error', frozen_stages=-1, with_cp=False, init_cfg=None):
+                 remainder='error', frozen_stages=-1, with_cp=False, compile_blocks=False,
+                 init_cfg=None):
         super().__init__(init_cfg)
         arch = self._arch_settings(arch)
         self.embed_dims, self.num_layers = arch['embed_dims'], arch['num_layers']
@@ -135,7 +152,7 @@ class NEPAViT(BaseBackbone):
             raise ValueError('fc_norm normalises one vector per image and needs out_type '
                              f"'cls_token', 'last_token' or 'avg_featmap', got {out_type!r}.")
         self.out_type, self.with_cp, self.frozen_stages = out_type, with_cp, frozen_stages
-        self.causal, self.scan = causal, scan
+        self.causal, self.compile_blocks, self.scan = causal, compile_blocks, scan
         self.num_extra_tokens = 1 + num_register_tokens     # the class token comes first
         self.out_indices = self._resolve(out_indices)
 
@@ -161,6 +178,7 @@ class NEPAViT(BaseBackbone):
                   layer_scale_init_value=layer_scale_init_value, norm_eps=norm_eps,
                   drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=rate)
             for rate in drop_path_rates)
+
 
         def norm(enabled):
             return nn.LayerNorm(self.embed_dims, norm_eps) if enabled else nn.Identity()
@@ -266,12 +284,13 @@ class NEPAViT(BaseBackbone):
         x = self.drop(x)
         sin, cos = self.rope(grid, self.num_extra_tokens, x.device)
         sin, cos = sin[:x.shape[1]], cos[:x.shape[1]]
+        run = compiled_block() if self.compile_blocks and self.training else run_block
         outs = []
         for i, layer in enumerate(self.layers):
             if self.with_cp and self.training:
-                x = checkpoint(layer, x, sin, cos, use_reentrant=False)
+                x = checkpoint(run, layer, x, sin, cos, use_reentrant=False)
             else:
-                x = layer(x, sin, cos)
+                x = run(layer, x, sin, cos)
             if i in out_indices:
                 outs.append(self.norm(x) if i == self.num_layers - 1 else x)
         return outs

@@ -1,10 +1,19 @@
-"""Data sets beyond mmpretrain's: the handwritten digits that scikit-learn carries."""
+"""Data beyond mmpretrain's: scikit-learn's digits, fast reading of JPEGs, smaller JPEGs."""
+import io
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
-from mmengine.registry import DATASETS
+import torch
+from mmcv.transforms import LoadImageFromFile
+from mmengine import fileio
+from mmengine.registry import DATASETS, TRANSFORMS
 from mmpretrain.datasets.base_dataset import BaseDataset
-from PIL import Image
+from mmpretrain.datasets.transforms import RandomResizedCrop
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as F
 
 SPLITS = ('train', 'test')
 NUM_TRAIN = 1297
@@ -119,3 +128,88 @@ def write_digit_scenes(folder, num_train=30, num_val=100, seed=0):
             image, label = digit_scene(rng, digits)
             Image.fromarray(image).save(images / f'{i:05d}.jpg', quality=95, subsampling=0)
             Image.fromarray(label).save(labels / f'{i:05d}.png')
+
+
+@TRANSFORMS.register_module()
+class LoadRandomResizedCrop(RandomResizedCrop):
+    """LoadImageFromFile and RandomResizedCrop in one, at about twice the speed.
+
+    torchvision decodes and resizes, with antialiasing, without a copy in between. The same
+    random draws give the same crops as ``RandomResizedCrop(backend='pillow')``, and pixels
+    that differ by rounding. What is no JPEG goes through the two transforms themselves.
+    Needs torchvision 0.17 or later.
+
+    Example::
+
+        train_pipeline = [
+            dict(type='LoadRandomResizedCrop', scale=224, interpolation='bilinear'),
+            dict(type='RandomFlip', prob=0.5),
+            dict(type='PackInputs'),
+        ]
+
+    Args:
+        scale (int | Sequence[int]): Side, or height and width, of the result.
+        interpolation (str): 'bilinear' or 'bicubic'. Defaults to 'bilinear'.
+        **kwargs: ``crop_ratio_range``, ``aspect_ratio_range`` and ``max_attempts`` of
+            mmpretrain's RandomResizedCrop.
+
+    Adds ``img`` (height, width, 3), uint8, BGR, ``img_shape`` and ``ori_shape``.
+
+    Raises:
+        ValueError: ``interpolation`` is something else.
+    """
+
+    def __init__(self, scale, interpolation='bilinear', **kwargs):
+        if interpolation not in ('bilinear', 'bicubic'):
+            raise ValueError("interpolation must be 'bilinear' or 'bicubic', "
+                             f'got {interpolation!r}.')
+        super().__init__(scale, interpolation=interpolation, backend='pillow', **kwargs)
+        self.load = LoadImageFromFile()
+
+    def transform(self, results):
+        """Load, crop and resize ``results['img_path']``."""
+        content = fileio.get(results['img_path'])
+        if not content.startswith(b'\xff\xd8'):
+            return super().transform(self.load(results))
+        image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8),
+                            mode=ImageReadMode.RGB, apply_exif_orientation=True)    # C H W
+        results['ori_shape'] = tuple(image.shape[1:])
+        top, left, height, width = self.rand_crop_params(image.permute(1, 2, 0))
+        image = F.resized_crop(image, top, left, height, width, list(self.scale),
+                               F.InterpolationMode(self.interpolation), antialias=True)
+        results['img'] = image.flip(0).permute(1, 2, 0).numpy()
+        results['img_shape'] = results['img'].shape[:2]
+        return results
+
+
+def resize_image(source, target, short_side, quality=95):
+    """Save an image at a smaller size: turned upright, antialiased, never enlarged.
+
+    An image that is small enough is copied. The file appears whole or not at all.
+
+    Args:
+        source, target (Path): Files; the format of the source is kept.
+        short_side (int): Largest length of the shorter side in pixels.
+        quality (int): Of JPEGs, 1 to 95. Defaults to 95.
+
+    Raises:
+        OSError: The source is unreadable; so are images cut short and files that are none.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f'.{target.name}.part')
+    with Image.open(source) as image:
+        image.load()
+        factor = short_side / min(image.size)
+        if factor >= 1:
+            shutil.copyfile(source, part)
+        else:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode not in ('L', 'RGB'):
+                upright = upright.convert('RGB')
+            small = upright.resize([max(round(side * factor), short_side)
+                                    for side in upright.size], Image.Resampling.BICUBIC)
+            content = io.BytesIO()
+            options = dict(quality=quality) if image.format == 'JPEG' else {}
+            small.save(content, image.format, **options)
+            part.write_bytes(content.getvalue())
+    os.replace(part, target)

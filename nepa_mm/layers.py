@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
-from timm.layers import DropPath, LayerScale, Mlp, SwiGLU
+from timm.layers import LayerScale, Mlp, SwiGLU
 from torch import nn
 
 QK_NORMS = (None, 'plain', 'affine', 'affine_bias')
@@ -206,6 +206,28 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,
                                            dropout_p=self.attn_drop if self.training else 0.)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a branch of an image at a rate, scale up the others.
+
+    timm's module draws with ``bernoulli_``, for which torch.compile makes one graph per rate
+    and soon gives up; here all blocks share one.
+
+    Args:
+        drop_prob (float): The rate, in [0, 1).
+    """
+
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):                                           # B T D -> B T D
+        if not (self.training and self.drop_prob):
+            return x
+        keep_prob = 1 - self.drop_prob
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep_prob
+        return x * (kept / keep_prob).to(x.dtype)
 
 
 class Block(nn.Module):

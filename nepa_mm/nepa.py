@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmpretrain.models.selfsup.base import BaseSelfSupervisor
+from mmpretrain.models.utils.data_preprocessor import SelfSupDataPreprocessor
 from torch import nn
 
 
@@ -169,3 +170,28 @@ class NEPA(BaseSelfSupervisor):
         order = torch.rand(z.shape[:2], device=z.device).argsort(dim=1).argsort(dim=1)
         masked = order < round(self.mask_ratio * z.shape[1])    # B N
         return torch.where(masked[..., None], self.mask_token.to(z.dtype), z)
+
+
+@MODELS.register_module()
+class NEPADataPreprocessor(SelfSupDataPreprocessor):
+    """mmpretrain's SelfSupDataPreprocessor, bit for bit, without a wait for the device.
+
+    A batch of one view travels as uint8, from pinned memory without blocking, and is
+    normalised there in place. Labels stay where they are: pretraining reads none.
+
+    Args:
+        **kwargs: ``mean``, ``std`` and ``to_rgb`` of the parent class.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(non_blocking=True, **kwargs)
+
+    def forward(self, data, training=False):
+        """Images (B, C, height, width) of ``data['inputs']`` to normalised fp32."""
+        images = self.cast_data(data['inputs'])
+        if self._channel_conversion:
+            images = images.flip(1)         # a list of indices would be copied, with a wait
+        images = images.to(torch.float32, copy=True)
+        if self._enable_normalize:
+            images.sub_(self.mean).div_(self.std)
+        return dict(inputs=images, data_samples=data.get('data_samples'))

@@ -12,6 +12,9 @@ from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
 from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, PARAM_SCHEDULERS
 from mmengine.runner.amp import autocast
+from mmengine.utils import digit_version
+
+from .history import log_scalar
 
 HEADS = ('head', 'decode_head', 'auxiliary_head')
 ABOVE_BACKBONE = (*HEADS, 'neck', 'mask_token')
@@ -43,6 +46,14 @@ class BF16OptimWrapper(OptimWrapper):
         with super().optim_context(model), autocast(dtype=torch.bfloat16, enabled=self.bf16):
             yield
 
+    def _clip_grad(self):
+        """Clip as the parent class does, but leave the norm on its device until it is printed."""
+        params = [p for group in self.optimizer.param_groups for p in group['params']
+                  if p.requires_grad and p.grad is not None]
+        norm = self.clip_func(params, **self.clip_grad_kwargs) if params else None
+        if norm is not None:
+            log_scalar(self.message_hub, f'train/{self.grad_name}', norm)
+
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
@@ -58,7 +69,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     of the network to the top, so the log's ``lr`` is the lowest group's and its
     ``base_lr`` the last block's. A group carries ``layer_scale`` (s) and
     ``layer_decay_rate`` for :class:`LayerDecayCosineLR`; since its ``lr`` is final,
-    any scheduler of mmengine works as well. Frozen parameters are left out.
+    any scheduler of mmengine works as well. Frozen parameters are left out. The optimizer's
+    ``fused`` is ignored where torch cannot do it, on the CPU before 2.4.
 
     Args:
         optim_wrapper_cfg (dict): Optimizer wrapper; its ``optimizer`` must state ``lr``
@@ -83,6 +95,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                              f'got {unknown}.')
         settings.update(paramwise_cfg or {})
         super().__init__(optim_wrapper_cfg, settings)
+        if get_device() == 'cpu' and digit_version(torch.__version__) < digit_version('2.4'):
+            self.optimizer_cfg.pop('fused', None)
         if self.base_lr is None or self.base_wd is None:
             raise ValueError('optimizer must state lr and weight_decay, '
                              f'got only {sorted(self.optimizer_cfg)}.')

@@ -78,7 +78,7 @@ def save_pretraining():
         model=dict(type='NEPA',
                    backbone=dict(type='NEPAViT', arch=TINY, layer_scale_init_value=0.5),
                    head=dict(type='NEPAHead'),
-                   data_preprocessor=dict(type='SelfSupDataPreprocessor', **NORMALIZE)),
+                   data_preprocessor=dict(type='NEPADataPreprocessor', **NORMALIZE)),
         train_dataloader=loader(
             dataset, [dict(type='Resize', scale=(28, 28)), dict(type='PackInputs')]),
         train_cfg=dict(by_epoch=True, max_epochs=1),

@@ -11,4 +11,4 @@ model = dict(
         rope_rescale=2.),
     head=dict(type='NEPAHead', shift=1, stop_gradient=True),
     data_preprocessor=dict(
-        type='SelfSupDataPreprocessor', mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True))
+        type='NEPADataPreprocessor', mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True))

@@ -6,7 +6,8 @@ optim_wrapper = dict(
     type='BF16OptimWrapper',
     constructor='LayerDecayOptimWrapperConstructor',
     optimizer=dict(
-        type='AdamW', lr=base_lr * batch / 256, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
+        type='AdamW', lr=base_lr * batch / 256, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05,
+        fused=True),
     paramwise_cfg=dict(layer_decay_rate=0.65, head_lr=1e-3),    # head_lr is not scaled
     clip_grad=dict(max_norm=1.0))
 

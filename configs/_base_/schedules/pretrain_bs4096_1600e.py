@@ -6,7 +6,8 @@ optim_wrapper = dict(
     type='BF16OptimWrapper',
     constructor='LayerDecayOptimWrapperConstructor',   # no weight decay of 1-D parameters
     optimizer=dict(
-        type='AdamW', lr=base_lr * batch / 256, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05),
+        type='AdamW', lr=base_lr * batch / 256, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05,
+        fused=True),
     accumulative_counts=2,
     clip_grad=dict(max_norm=1.0))
 

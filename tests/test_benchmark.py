@@ -1,0 +1,142 @@
+"""tools/benchmark.py: everybody computes the same loss, and the tables mean what they say."""
+import json
+
+import pytest
+import torch
+
+from nepa_mm import peers
+from nepa_mm.backbone import NEPAViT
+
+from .conftest import REPO, TINY, smooth_images
+from .tiny_runs import load_tool
+
+BASES = REPO / 'configs' / '_base_'
+benchmark = load_tool('benchmark').main
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """The smallest size of the zoo is smaller still, and a matrix product does not take long."""
+    monkeypatch.setitem(NEPAViT.arch_zoo, 'tiny', TINY)
+
+
+def test_peers_compute_our_loss():
+    """With our weights, and 257 tokens instead of 256."""
+    torch.manual_seed(0)
+    models = peers.contestants(BASES, 'tiny', False)
+    (ours, our_loss), (eager, eager_loss) = models['nepa_mm'], models['eager, unpacked']
+    ours.eval()     # RoPE draws in training
+    eager.eval()
+    with torch.no_grad():
+        for source in ours.parameters():
+            source.add_(0.1 * torch.randn_like(source))
+        eager.cls_token.copy_(ours.backbone.cls_token)
+        eager.patch_embed.load_state_dict(ours.backbone.patch_embed.projection.state_dict())
+        eager.norm.load_state_dict(ours.backbone.norm.state_dict())
+        for mine, theirs in zip(ours.backbone.layers, eager.blocks):
+            for i, layer in enumerate((theirs.query, theirs.key, theirs.value)):
+                layer.weight.copy_(mine.attn.qkv.weight.chunk(3)[i])
+                layer.bias.copy_(mine.attn.qkv.bias.chunk(3)[i])
+            for a, b in ((theirs.out, mine.attn.proj), (theirs.fc1, mine.mlp.fc1),
+                         (theirs.fc2, mine.mlp.fc2), (theirs.norm1, mine.ln1),
+                         (theirs.norm2, mine.ln2)):
+                a.load_state_dict(b.state_dict())
+            theirs.scale1.copy_(mine.ls1.gamma)
+            theirs.scale2.copy_(mine.ls2.gamma)
+        images = smooth_images(2)
+        expected = our_loss(images)
+        torch.testing.assert_close(eager_loss(images), expected, rtol=1e-5, atol=1e-6)
+    peer, timm_loss = peers.timm_nepa('tiny', ours.state_dict())
+    peer.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(timm_loss(images), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('ours', [True, False])
+def test_an_update_moves_weights_and_average(ours):
+    model = peers.build_nepa(BASES, arch='tiny')
+    before = model.backbone.norm.weight.detach().clone()
+    update = peers.our_update(BASES, model) if ours else peers.plain_update(model)
+    step = peers.build_step(lambda x: model.loss(x)['loss'], update, smooth_images(2, 56), True)
+    assert all(seconds > 0 for seconds in step())
+    assert not torch.equal(model.backbone.norm.weight, before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_step(tmp_path, capsys):
+    rows = benchmark(['step', '--arch', 'tiny', '--batch', '2', '--repeats', '1', '--precision',
+                      'bf16', '--json', str(tmp_path / 'step.json')])
+    assert {'nepa_mm', 'eager, unpacked', 'timm Eva'} <= {row['implementation'] for row in rows}
+    for row in rows:
+        seconds = (row['gradients ms'] + row['update ms']) / 1e3
+        assert row['images/s'] == pytest.approx(2 / seconds)
+        assert row['speed to ours'] == pytest.approx(row['images/s'] / rows[0]['images/s'])
+        assert 0 < row['MFU %'] < 100
+    saved = json.loads((tmp_path / 'step.json').read_text())
+    assert saved['rows'] == rows and saved['torch'] == torch.__version__
+    assert (saved['precision'], saved['batch'], saved['repeats']) == ('bf16', 2, 1)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(rows) and len({len(line) for line in table[1:]}) == 1
+
+
+def test_scaling():
+    rows = benchmark(['scaling', '--arch', 'tiny', '--batch', '1', '--repeats', '1'])
+    assert [row['tokens'] for row in rows[:5]] == [64, 256, 576, 1024, 1600]
+    assert {row['batch'] for row in rows} == {1, 4} and {row['depth'] for row in rows} == {3, 4, 24}
+    for row in rows:
+        assert row['ps/FLOP'] == pytest.approx(row['ms'] / row['GFLOP'])
+    by = {(row['tokens'], row['batch'], row['depth']): row['GFLOP'] for row in rows}
+    assert by[256, 4, 3] == pytest.approx(4 * by[256, 1, 3])
+
+
+def test_train():
+    rows = benchmark(['train', '--arch', 'tiny', '--batch', '2', '--repeats', '1',
+                      '--iterations', '4'])
+    assert [row['loop'] for row in rows] == [
+        'bare loop', 'Runner', 'Runner at iteration 500,000', "... with mmengine's own log"]
+    assert rows[0]['more than bare %'] == 0
+    for row in rows:
+        assert row['more than bare %'] == pytest.approx(
+            100 * (row['ms/iteration'] / rows[0]['ms/iteration'] - 1))
+
+
+def test_loader_and_plan(tmp_path):
+    """The plan reads what the other two have measured."""
+    data = str(tmp_path / 'loader.json')
+    rows = benchmark(['loader', '--images', '6', '--workers', '1', '--repeats', '1',
+                      '--json', data])
+    assert rows[0]['images/s of one core'] > 0 and rows[0]['images/s in total'] > 0
+    parts = benchmark(['plan', '--gpus', '8', '--model', 'b', '--images-per-second', '500',
+                       '--loader-json', data, '--cores', '2'])
+    assert parts[0]['ms/update'] == pytest.approx(4096 / (8 * 500) * 1e3)
+    assert parts[1]['ms/update'] == pytest.approx(
+        4096 / (8 * 2 * rows[0]['images/s of one core']) * 1e3)
+
+
+def test_plan_by_hand(capsys, tmp_path):
+    rows = benchmark(['plan', '--gpus', '8', '--model', 'l', '--images-per-second', '1000',
+                      '--loader-images-per-second', '50', '--cores', '8', '--bandwidth', '100',
+                      '--price', '2', '--epochs', '800', '--json', str(tmp_path / 'plan.json')])
+    assert [row['part'] for row in rows] == ['compute', 'data', 'all-reduce']
+    assert [row['ms/update'] for row in rows] == pytest.approx(
+        [512, 1280, 2 * 7 / 8 * 4 * 302_967_808 / 100e9 * 1e3])
+    plan = json.loads((tmp_path / 'plan.json').read_text())
+    assert plan['bottleneck'] == 'data'
+    assert plan['hours'] == pytest.approx(800 * 1_281_167 / (8 * 8 * 50) / 3600, abs=0.01)
+    assert plan['cost'] == pytest.approx(plan['hours'] * 8 * 2, abs=0.1)
+
+
+@pytest.mark.parametrize('line, sentence', [
+    ('step --arch huge', 'error: argument --arch: invalid choice'),
+    ('step --banana', 'error: unrecognized arguments: --banana.'),
+    ('step --batch 0', 'error: argument --batch: 0 is not positive.'),
+    ('plan --gpus 8 --model l', 'error: plan needs measured images/s: give a rate'),
+    ('plan --gpus 8 --model l --step-json nothing.json', 'error: There is no file nothing.json.'),
+    ('plan --gpus 8 --model l --images-per-second -1 --loader-images-per-second 1',
+     'error: rates and bandwidth must be positive.'),
+    ('', 'error: the following arguments are required: command')])
+def test_bad_input_is_refused_in_one_sentence(capsys, line, sentence):
+    with pytest.raises(SystemExit) as stop:
+        benchmark(line.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(sentence) and error.count('\n') == 1

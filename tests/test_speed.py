@@ -1,0 +1,288 @@
+"""What makes training fast leaves its numbers alone: compiled blocks, fused AdamW, the log."""
+import copy
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from torch import distributed
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from nepa_mm import backbone
+from nepa_mm.backbone import NEPAViT
+from nepa_mm.history import DeferredHistory
+
+from .conftest import TINY, smooth_images
+
+RUNS = itertools.count()
+
+
+def nepa(**options):
+    torch.manual_seed(0)
+    return MODELS.build(dict(type='NEPA', head=dict(type='NEPAHead'), backbone=dict(
+        type='NEPAViT', arch=TINY, layer_scale_init_value=0.5, rope_rescale=None, **options)))
+
+
+# Compiled blocks
+
+@pytest.fixture
+def graphs():
+    """Counts what is compiled, and forgets it afterwards."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters['stats']
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def traced(graphs, monkeypatch):
+    """Compile without generating code: what is compiled is the same, and it takes no time."""
+    compiled = torch.compile(backbone.run_block, backend='eager')
+    monkeypatch.setattr(backbone, 'compiled_block', lambda: compiled)
+    return graphs
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a compiler')
+def test_compiled_blocks_compute_the_same(graphs):
+    eager, compiled = nepa(), nepa(compile_blocks=True)
+    assert list(eager.state_dict()) == list(compiled.state_dict())
+    images = smooth_images(2, size=56)
+    for model in (eager, compiled):
+        model.loss(images)['loss'].backward()
+    assert graphs['unique_graphs'] == 1     # one for all three blocks
+    for (name, ours), theirs in zip(compiled.named_parameters(), eager.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+    average = copy.deepcopy(compiled)       # as EMA does
+    with torch.no_grad():
+        torch.testing.assert_close(average.loss(images), eager.loss(images), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_twelve_drop_path_rates_share_two_graphs(traced, with_cp):
+    """The first block, which drops nothing, has its own; more than 8 would not be compiled."""
+    model = NEPAViT(arch=TINY | dict(num_layers=12), drop_path_rate=0.3, with_cp=with_cp,
+                    compile_blocks=True, layer_scale_init_value=0.5)
+    model(torch.randn(4, 3, 28, 28))[0].sum().backward()
+    assert traced['unique_graphs'] == 2
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    model(torch.randn(4, 3, 28, 28))
+    assert traced['unique_graphs'] == 2     # evaluation is not compiled: hooks work there
+
+
+def test_compiled_blocks_under_data_parallel(traced):
+    """Gradients arrive as without compilation."""
+    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        grads = []
+        for compiled in (False, True):
+            model = nepa(compile_blocks=compiled)
+            parallel = DistributedDataParallel(model)
+            parallel(smooth_images(2, size=28), mode='loss')['loss'].backward()
+            grads.append({name: p.grad for name, p in model.named_parameters()})
+    finally:
+        distributed.destroy_process_group()
+    assert traced['unique_graphs'] > 0
+    torch.testing.assert_close(*grads)
+
+
+def test_compiled_run_saves_and_resumes_like_an_eager_one(traced, tmp_path):
+    """Names, averaged and raw weights; an eager run may go on from a compiled one."""
+    for compiled in (False, True):
+        run(tmp_path / str(compiled), epochs=1, model=nepa(compile_blocks=compiled))
+    assert traced['unique_graphs'] > 0
+    eager, compiled = (torch.load(tmp_path / name / 'epoch_1.pth', weights_only=False)
+                       for name in ('False', 'True'))
+    for key in ('state_dict', 'ema_state_dict'):
+        torch.testing.assert_close(eager[key], compiled[key], rtol=1e-4, atol=1e-5)
+    assert run(tmp_path / 'True', epochs=2, resume=True).iter == 24
+
+
+def test_drop_path_drops_images_at_its_rate():
+    drop_path = NEPAViT(arch=TINY, drop_path_rate=0.25).layers[-1].drop_path.train()
+    torch.manual_seed(0)
+    out = drop_path(torch.ones(4000, 2, 3))
+    kept = out[:, 0, 0] != 0
+    assert torch.equal(out, kept[:, None, None] * torch.full((4000, 2, 3), 1 / 0.75))
+    assert abs(kept.float().mean() - 0.75) < 0.03
+
+
+# Fused AdamW
+
+def optimizer_of(model, fused):
+    return build_optim_wrapper(model, ConfigDict(
+        type='BF16OptimWrapper', constructor='LayerDecayOptimWrapperConstructor',
+        optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.05, fused=fused),
+        clip_grad=dict(max_norm=1.)))
+
+
+def test_fused_adamw_takes_the_same_steps():
+    weights = []
+    for fused in (False, True):
+        model = nepa()
+        wrapper = optimizer_of(model, fused)
+        assert wrapper.optimizer.defaults['fused'] is fused
+        for images in smooth_images(10, size=28).split(2):
+            wrapper.update_params(model.loss(images)['loss'])
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_fused_adamw_is_left_out_where_torch_has_none(monkeypatch):
+    monkeypatch.setattr(torch, '__version__', '2.1.2')
+    assert optimizer_of(nepa(), True).optimizer.defaults['fused'] is None
+
+
+# Images on their way to the network
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+def test_preprocessor_equals_mmpretrains_bitwise(dtype):
+    images, labels = torch.randint(256, (2, 3, 28, 42)).to(dtype), [object(), object()]
+    before = images.clone()
+    ours, theirs = (MODELS.build(dict(
+        type=name, mean=[123.675, 116.28, 103.53], std=[58.4, 57.1, 57.4], to_rgb=True))(
+            dict(inputs=images, data_samples=labels if ours else [])) for name, ours in (
+                ('NEPADataPreprocessor', True), ('SelfSupDataPreprocessor', False)))
+    assert torch.equal(ours['inputs'], theirs['inputs']) and ours['inputs'].dtype == torch.float32
+    assert torch.equal(images, before) and ours['data_samples'] is labels
+
+
+# The log
+
+class ReadCounter(TorchDispatchMode):
+    """Counts how often the host waits for a floating-point value."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default and args[
+            0].is_floating_point()
+        return func(*args, **kwargs or {})
+
+
+def run(work_dir, info='DeferredRuntimeInfoHook', epochs=2, hooks=(), resume=False,
+        info_options=None, model=None, **options):
+    """Train on 12 iterations an epoch; the log has a line every 4."""
+    torch.manual_seed(0)
+    runner = Runner(
+        model or nepa(), str(work_dir), experiment_name=f'speed_{next(RUNS)}', resume=resume,
+        train_dataloader=DataLoader(
+            [dict(inputs=image, data_samples=0) for image in smooth_images(24, size=28)], 2),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(type='BF16OptimWrapper', clip_grad=dict(max_norm=1.),
+                           optimizer=dict(type='AdamW', lr=1e-2, fused=True)),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=4),
+                           runtime_info=dict(type=info, **info_options or {})),
+        custom_hooks=[dict(type='ModelEMAHook'), dict(type='NEPAMonitorHook', interval=4), *hooks],
+        default_scope='mmpretrain', randomness=dict(seed=0), **options)
+    runner.train()
+    return runner
+
+
+def printed(work_dir):
+    """The logged values, but for times, of all calls of the Runner."""
+    lines = [json.loads(line) for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
+             for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if 'time' not in name}
+            for line in lines]
+
+
+class Reads(Hook):
+    """The reads of every iteration, hooks included."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.counter, self.counts = ReadCounter(), []
+
+    def before_train(self, runner):
+        self.counter.__enter__()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.counts.append(self.counter.reads)
+        self.counter.reads = 0
+
+    def after_train(self, runner):
+        self.counter.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize('info, waits', [('DeferredRuntimeInfoHook', False),
+                                         ('RuntimeInfoHook', True)])
+def test_no_wait_for_the_device_between_two_lines_of_the_log(tmp_path, info, waits):
+    reads = Reads()
+    run(tmp_path, info, hooks=[reads])
+    # in the first iteration every history starts; it is replaced after the second
+    between = [n for i, n in enumerate(reads.counts) if i > 1 and (i + 1) % 4]
+    assert len(between) == 16 and (all(between) if waits else not any(between))
+
+
+def test_what_is_printed_and_saved_is_the_same(tmp_path):
+    deferred, stock = run(tmp_path / 'deferred'), run(tmp_path / 'stock', 'RuntimeInfoHook')
+    assert printed(tmp_path / 'deferred') == printed(tmp_path / 'stock')
+    assert {'loss', 'grad_norm', 'lift'} <= set(printed(tmp_path / 'deferred')[-1])
+    for name, history in stock.message_hub.log_scalars.items():
+        if 'time' not in name:
+            ours = deferred.message_hub.get_scalar(name)
+            assert isinstance(ours, DeferredHistory)
+            assert np.array_equal(ours.data, history.data)
+    saved = torch.load(tmp_path / 'deferred/epoch_2.pth', weights_only=False)['message_hub']
+    assert {type(history) for history in saved['log_scalars'].values()} == {HistoryBuffer}
+
+
+def test_resumed_run_logs_what_a_straight_one_does(tmp_path):
+    run(tmp_path / 'straight')
+    run(tmp_path / 'resumed', epochs=1)
+    run(tmp_path / 'resumed', resume=True)
+    assert printed(tmp_path / 'resumed') == printed(tmp_path / 'straight')
+
+
+class Old(Hook):
+    """Makes a run look as if it had done 500,000 iterations."""
+
+    priority = 'HIGHEST'
+
+    def before_train(self, runner):
+        for name in ('loss', 'time', 'data_time', 'lr', 'grad_norm'):
+            runner.message_hub.log_scalars[f'train/{name}'] = HistoryBuffer(
+                np.full(500_000, 7.), np.ones(500_000))
+
+
+def test_history_stays_bounded_late_in_a_run(tmp_path):
+    old, new = (run(tmp_path / name, info, hooks=[Old()]) for name, info in (
+        ('old', 'RuntimeInfoHook'), ('new', 'DeferredRuntimeInfoHook')))
+    assert printed(tmp_path / 'old') == printed(tmp_path / 'new')
+    assert len(old.message_hub.get_scalar('train/loss').data[0]) == 500_024
+    lengths = {len(h.data[0]) for h in new.message_hub.log_scalars.values()}
+    assert max(lengths) == 10_000
+    assert new.message_hub.get_scalar('train/loss').data[0][0] == 7
+
+
+def test_history_reads_at_its_length():
+    """Values on a device must not pile up where nobody looks."""
+    history = DeferredHistory(HistoryBuffer([1.], [1]), max_length=3)
+    for value in (2., torch.tensor(3.), 4.):
+        history.update(value)
+    assert history.new == [] and history.data[0].tolist() == [2., 3., 4.]
+    assert (history.mean(2), history.min(), history.current()) == (3.5, 2., 4.)
+
+
+@pytest.mark.parametrize('window', [dict(window_size=11), dict(window_size='global'),
+                                    dict(window_size='epoch'), dict()])
+def test_windows_longer_than_the_history_are_refused(tmp_path, window):
+    processor = dict(custom_cfg=[dict(data_src='loss', method_name='mean', **window)])
+    with pytest.raises(ValueError, match='log_processor has a window of .* but '):
+        run(tmp_path, info_options=dict(max_length=10), log_processor=processor)
