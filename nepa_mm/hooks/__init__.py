@@ -1,8 +1,11 @@
 """Hooks for mmengine's Runner; importing this package registers them."""
+from .checkpoint import WholeCheckpointHook
 from .ema import ModelEMAHook
 from .labels import LabelCheckHook
 from .monitor import NEPAMonitorHook
 from .probe import OnlineProbeHook
+from .resume import ExactResumeHook
 from .throughput import ThroughputHook
 
-__all__ = ['LabelCheckHook', 'ModelEMAHook', 'NEPAMonitorHook', 'OnlineProbeHook', 'ThroughputHook']
+__all__ = ['ExactResumeHook', 'LabelCheckHook', 'ModelEMAHook', 'NEPAMonitorHook',
+           'OnlineProbeHook', 'ThroughputHook', 'WholeCheckpointHook']
