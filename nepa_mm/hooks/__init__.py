@@ -1,6 +1,7 @@
 """Hooks for mmengine's Runner; importing this package registers them."""
 from .checkpoint import WholeCheckpointHook
 from .ema import ModelEMAHook
+from .guard import NonFiniteGuardHook
 from .labels import LabelCheckHook
 from .monitor import NEPAMonitorHook
 from .probe import OnlineProbeHook
@@ -8,4 +9,4 @@ from .resume import ExactResumeHook
 from .throughput import ThroughputHook
 
 __all__ = ['ExactResumeHook', 'LabelCheckHook', 'ModelEMAHook', 'NEPAMonitorHook',
-           'OnlineProbeHook', 'ThroughputHook', 'WholeCheckpointHook']
+           'NonFiniteGuardHook', 'OnlineProbeHook', 'ThroughputHook', 'WholeCheckpointHook']
