@@ -17,6 +17,11 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def run_seed(runner):
+    """The seed that all processes share; mmengine adds the rank for ``diff_rank_seed``."""
+    return runner.seed - dist.get_rank() * bool(runner._randomness_cfg.get('diff_rank_seed'))
+
+
 @contextmanager
 def seeded(seed):
     """Draw from ``seed`` inside, on the CPU, and go on as before after it."""
@@ -96,7 +101,7 @@ class ExactResumeHook(Hook):
         dataset = loader.dataset
         if hasattr(dataset, 'pipeline'):
             if not isinstance(dataset.pipeline, SeededPipeline):
-                dataset.pipeline = SeededPipeline(dataset.pipeline.transforms, runner.seed)
+                dataset.pipeline = SeededPipeline(dataset.pipeline.transforms, run_seed(runner))
             dataset.pipeline.epoch.fill_(runner.epoch)
         done = runner.iter - runner.epoch * len(loader)
         if done:
@@ -106,7 +111,7 @@ class ExactResumeHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         """Seed the generators of this process."""
-        seed = derive_seed(runner.seed, dist.get_rank(), runner.iter)
+        seed = derive_seed(run_seed(runner), dist.get_rank(), runner.iter)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
