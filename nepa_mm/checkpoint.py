@@ -1,6 +1,7 @@
 """Reading weights of any origin, writing them whole, and starting a network from them."""
 import json
 import os
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -117,12 +118,50 @@ def load_from_published(filename, map_location=None):
     return read_checkpoint(filename, map_location)
 
 
+def find_whole_checkpoint(work_dir):
+    """The newest checkpoint of a run that is whole, by checksums and by reading it.
+
+    Args:
+        work_dir (str): Folder with ``last_checkpoint`` and the files of the checkpoint hook.
+
+    Returns:
+        tuple[str | None, list[str]]: The file, None if there is none; what is wrong with
+        each newer one, a sentence each.
+    """
+    work_dir, problems = Path(work_dir), []
+    found = [file for pattern in ('epoch_*.pth', 'iter_*.pth', 'interrupted.pth')
+             for file in work_dir.glob(pattern)]
+    found.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    pointer = work_dir / 'last_checkpoint'
+    named = pointer.read_text(errors='replace').strip('\0 \n') if pointer.is_file() else ''
+    if named:      # the file may lie in another folder, or the folder may have been moved
+        last = work_dir / Path(named).name
+        found = [last if last.is_file() else Path(named), *(f for f in found if f != last)]
+    for file in found:
+        try:
+            if file.is_file() and not zipfile.is_zipfile(file):
+                raise ValueError(f'{file} is torn.')
+            checkpoint = read_checkpoint(file)
+            with zipfile.ZipFile(file) as opened:
+                damaged = opened.testzip()
+            if damaged:
+                raise ValueError(f'{file} is damaged in {damaged}.')
+            if not {'epoch', 'iter'} <= set(checkpoint.get('meta') or {}):
+                raise ValueError(f'{file} does not say how far the run was.')
+            return str(file), problems
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            problems.append(str(error))
+    return None, problems
+
+
 @contextmanager
-def written_whole(path):
+def written_whole(path, overwrite=False):
     """Write a file so that it is either complete or not there.
 
     Args:
         path (str): The file.
+        overwrite (bool): Whether it may take the place of an older one, which stays until
+            the new one is whole. Defaults to False.
 
     Yields:
         Path: A temporary file beside it, which takes its place at the end.
@@ -131,7 +170,7 @@ def written_whole(path):
         FileExistsError: Something is there already.
     """
     path = Path(path)
-    if path.exists():
+    if path.exists() and not overwrite:
         raise FileExistsError(f'{path} exists already; remove it or name another.')
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
@@ -143,6 +182,11 @@ def written_whole(path):
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)      # the new name, too, outlives a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

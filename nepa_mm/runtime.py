@@ -13,8 +13,10 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from torch import distributed
+
+from .checkpoint import find_whole_checkpoint
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
@@ -101,7 +103,7 @@ def set_start(cfg, resume=None):
     if resume is not None:
         cfg.resume = resume == 'auto'
     if cfg.get('load_from'):
-        if cfg.get('resume') and find_latest_checkpoint(cfg.work_dir):
+        if cfg.get('resume') and find_whole_checkpoint(cfg.work_dir)[0]:
             cfg.load_from = None
         else:
             check_checkpoint(cfg.load_from, 'load_from')

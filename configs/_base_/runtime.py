@@ -7,7 +7,9 @@ custom_imports = dict(imports=['nepa_mm'], allow_failed_imports=False)
 custom_hooks = [dict(type='ModelEMAHook', momentum=1e-4)]
 default_hooks = dict(
     runtime_info=dict(type='DeferredRuntimeInfoHook'),  # logging costs the same in every iteration
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3))
+    checkpoint=dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=3),
+    resume=dict(type='ExactResumeHook'),
+    guard=dict(type='NonFiniteGuardHook'))
 
 randomness = dict(seed=1337, diff_rank_seed=True)
 resume = True   # from the newest checkpoint in the work_dir; tools/train.py --no-resume starts anew

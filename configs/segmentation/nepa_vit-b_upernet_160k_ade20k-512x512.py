@@ -81,6 +81,10 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(base_batch_size=16)
 
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=3))
+default_hooks = dict(
+    runtime_info=dict(type='DeferredRuntimeInfoHook'),
+    checkpoint=dict(type='WholeCheckpointHook', max_keep_ckpts=3),
+    resume=dict(type='ExactResumeHook'),
+    guard=dict(type='NonFiniteGuardHook'))
 randomness = dict(seed=1337, diff_rank_seed=True)
 resume = True   # from the newest checkpoint in the work_dir; tools/train.py --no-resume starts anew

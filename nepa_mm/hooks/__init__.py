@@ -1,10 +1,14 @@
 """Hooks for mmengine's Runner; importing this package registers them."""
+from .checkpoint import WholeCheckpointHook
 from .ema import ModelEMAHook
+from .guard import NonFiniteGuardHook
 from .labels import LabelCheckHook
 from .monitor import NEPAMonitorHook
 from .probe import OnlineProbeHook
+from .resume import ExactResumeHook
 from .scalars import DeferredRuntimeInfoHook
 from .throughput import ThroughputHook
 
-__all__ = ['DeferredRuntimeInfoHook', 'LabelCheckHook', 'ModelEMAHook', 'NEPAMonitorHook',
-           'OnlineProbeHook', 'ThroughputHook']
+__all__ = ['DeferredRuntimeInfoHook', 'ExactResumeHook', 'LabelCheckHook', 'ModelEMAHook',
+           'NEPAMonitorHook', 'NonFiniteGuardHook', 'OnlineProbeHook', 'ThroughputHook',
+           'WholeCheckpointHook']

@@ -1,0 +1,193 @@
+"""Checkpoints that are whole, resuming exactly, SIGTERM, a full disk."""
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from nepa_mm import checkpoint
+from nepa_mm.checkpoint import find_whole_checkpoint, read_checkpoint
+
+from .tiny_runs import options, run_train, save_pretraining
+
+
+@HOOKS.register_module()
+class RecordHook(Hook):
+    """Every loss and every file, and a SIGTERM after iteration ``stop_at``."""
+
+    priority = 'HIGHEST'
+
+    def __init__(self, stop_at=None):
+        self.stop_at = stop_at
+
+    def before_train(self, runner):
+        runner.losses, runner.files = [], []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        runner.losses.append(outputs['loss'].item())
+        runner.files += [Path(sample.img_path).name for sample in data_batch['data_samples']]
+        RecordHook.last = runner
+        if runner.iter + 1 == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Two iterations of two images an epoch, everything in it that draws random numbers."""
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile(save_pretraining())
+    cfg.default_hooks.checkpoint = dict(
+        type='WholeCheckpointHook', interval=1, max_keep_ckpts=2)
+    cfg.default_hooks.resume = dict(type='ExactResumeHook')
+    cfg.custom_hooks = [dict(type='RecordHook'), dict(type='ModelEMAHook', momentum=0.1)]
+    cfg.randomness = dict(seed=1, diff_rank_seed=True)
+    cfg.model.backbone.update(rope_rescale=2., drop_path_rate=0.3)
+    cfg.optim_wrapper.optimizer = dict(type='AdamW', lr=1e-2)
+    cfg.param_scheduler = dict(type='CosineAnnealingLR', T_max=8, by_epoch=True,
+                               convert_to_iter_based=True)
+    cfg.train_dataloader.sampler.shuffle = True
+    cfg.train_dataloader.dataset.pipeline[1:2] = [
+        dict(type='RandomResizedCrop', scale=28), dict(type='RandomFlip', prob=0.5)]
+    cfg.train_cfg.max_epochs = 4
+    cfg.dump('run.py')
+    return 'run.py'
+
+
+def epochs(num, *more):
+    return options(f'train_cfg.max_epochs={num}', *more)
+
+
+def equal(one, two):
+    assert one.keys() == two.keys()
+    return all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_resumed_at_the_end_of_an_epoch_bit_for_bit(config, workers):
+    workers = f'train_dataloader.num_workers={workers}'
+    straight = run_train([config, '--work-dir', 'a', *epochs(4, workers)])
+    with pytest.raises(SystemExit):
+        run_train([config, '--work-dir', 'b', *options('custom_hooks.0.stop_at=5')])
+    Path('b/interrupted.pth').unlink()      # as if it had been killed
+    resumed = run_train([config, '--work-dir', 'b', *epochs(4, workers)])
+    assert len(straight.losses) == 8 and len(set(straight.losses)) == 8
+    assert resumed.losses == straight.losses[4:] and resumed.files == straight.files[4 * 2:]
+    one, two = (read_checkpoint(f'{folder}/epoch_4.pth') for folder in 'ab')
+    assert equal(one['state_dict'], two['state_dict'])
+    assert equal(one['ema_state_dict'], two['ema_state_dict'])
+
+
+def test_sigterm_in_the_middle_of_an_epoch(config):
+    straight = run_train([config, '--work-dir', 'a'])
+    stop = options('custom_hooks.0.stop_at=3')
+    with pytest.raises(SystemExit) as ended:
+        run_train([config, '--work-dir', 'b', *stop])
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    first = RecordHook.last
+    resumed = run_train([config, '--work-dir', 'b'])
+    assert first.losses + resumed.losses == straight.losses     # bit for bit, here too
+    assert first.files + resumed.files == straight.files
+    assert resumed.iter == 8 and not Path('b/interrupted.pth').exists()
+    log = ''.join(path.read_text() for path in Path('b').glob('*/*.log'))
+    assert 'SIGTERM: saving interrupted.pth' in log
+    assert 'Continuing epoch 2 after 1 iterations' in log
+
+
+def torn(path):
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def emptied(path):
+    path.write_bytes(b'')
+
+
+@pytest.mark.parametrize('damage', [torn, flipped, emptied])
+def test_the_newest_whole_checkpoint_is_resumed(config, damage):
+    straight = run_train([config])
+    damage(Path('work_dirs/run/epoch_4.pth'))
+    assert find_whole_checkpoint('work_dirs/run')[0].endswith('work_dirs/run/epoch_3.pth')
+    resumed = run_train([config])
+    assert resumed.losses == straight.losses[6:]
+    log = next(Path(resumed.log_dir).glob('*.log')).read_text()
+    assert 'Not resumed: ' in log and 'work_dirs/run/epoch_4.pth' in log
+    assert find_whole_checkpoint('work_dirs/run')[0].endswith('work_dirs/run/epoch_4.pth')
+
+
+def test_a_pickle_that_executes_is_not_resumed(config):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (Path('executed'),)
+
+    run_train([config, *epochs(1)])
+    state = read_checkpoint('work_dirs/run/epoch_1.pth')
+    torch.save(dict(state, evil=Evil()), 'work_dirs/run/epoch_2.pth')
+    Path('work_dirs/run/last_checkpoint').write_text('work_dirs/run/epoch_2.pth')
+    assert len(run_train([config, *epochs(2)]).losses) == 2
+    torch.save(dict(state, evil=Evil()), 'evil.pth')
+    with pytest.raises(ValueError, match='evil.pth is no checkpoint that can be read safely'):
+        run_train([config, '--resume', 'evil.pth'])
+    assert not Path('executed').exists()
+
+
+def test_outdated_files_go_after_the_new_one_is_whole(config, monkeypatch):
+    present, replace = [], os.replace
+
+    def record(source, target):
+        present.append((Path(target).name, sorted(p.name for p in Path(target).parent.iterdir())))
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, 'replace', record)
+    run_train([config])
+    before = dict(present)['epoch_3.pth']
+    assert {'epoch_1.pth', 'epoch_2.pth'} <= set(before)
+    left = {p.name for p in Path('work_dirs/run').iterdir() if p.is_file()}
+    assert left == {'epoch_3.pth', 'epoch_4.pth', 'last_checkpoint', 'run.py'}
+    assert Path('work_dirs/run/last_checkpoint').read_text().endswith('epoch_4.pth')
+
+
+@pytest.mark.parametrize('on_write_error', ['warn', 'raise'])
+def test_a_full_disk(config, monkeypatch, on_write_error):
+    """The disk is full in epochs 3 and on: two checkpoints stay, nothing else is left."""
+    calls, fsync = [], os.fsync
+
+    def full(file):
+        calls.append(file)
+        if len(calls) > 8:      # file and folder, checkpoint and pointer, in two epochs
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        fsync(file)
+
+    flags = options(f'default_hooks.checkpoint.on_write_error={on_write_error}')
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.os, 'fsync', full)
+        if on_write_error == 'raise':
+            with pytest.raises(OSError, match='No space left'):
+                run_train([config, *flags])
+        else:
+            runner = run_train([config, *flags])
+            assert len(runner.losses) == 8
+            log = next(Path(runner.log_dir).glob('*.log')).read_text()
+            assert 'could not be written, the run goes on without it' in log
+    left = {p.name for p in Path('work_dirs/run').iterdir() if p.is_file()}
+    assert left == {'epoch_1.pth', 'epoch_2.pth', 'last_checkpoint', 'run.py'}
+    file, problems = find_whole_checkpoint('work_dirs/run')
+    assert file.endswith('work_dirs/run/epoch_2.pth') and not problems
+
+
+def test_settings_are_checked():
+    hook = HOOKS.get('WholeCheckpointHook')
+    with pytest.raises(ValueError, match="'warn' or 'raise', got 'ignore'"):
+        hook(on_write_error='ignore')
+    with pytest.raises(ValueError, match='local files only'):
+        hook(out_dir='s3://bucket')
