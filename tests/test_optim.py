@@ -163,7 +163,7 @@ class Stranger(nn.Module):
         self.get_submodule(parent).register_parameter(last, nn.Parameter(torch.zeros(1)))
 
 
-@pytest.mark.parametrize('name', ['pos_embed', 'backbone.pos_embed'])
+@pytest.mark.parametrize('name', ['position', 'backbone.position'])
 @pytest.mark.parametrize('rate', [1., 0.65])
 def test_unknown_parameter_is_refused(name, rate):
     with pytest.raises(ValueError, match=name):

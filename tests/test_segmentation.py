@@ -248,6 +248,12 @@ def test_recipes():
         assert sum(word in path.read_text() for word in words) >= 5
 
 
+@pytest.mark.parametrize('path', [BASE, LARGE, LINEAR, REPO / 'configs/demo/digits_upernet.py'])
+def test_inference_sees_the_images_as_validation_does(path):
+    cfg = config(path)      # mmseg's inferencer reads test_pipeline, the Runner the data set's
+    assert cfg.test_pipeline == cfg.val_dataloader.dataset.pipeline
+
+
 @pytest.mark.parametrize('path, millions, trained', [
     (BASE, 162.38, 161.93), (LARGE, 438.72, 438.11), (LINEAR, 85.99, 0.47)])
 def test_networks(path, millions, trained):

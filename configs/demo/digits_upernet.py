@@ -33,6 +33,12 @@ model = dict(
     data_preprocessor=dict(size=scene),
     test_cfg=dict(_delete_=True, mode='whole'))
 
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = train_pipeline      # mmseg's inference reads it by this name
 scenes = dict(
     _delete_=True,
     type='BaseSegDataset',
@@ -43,11 +49,7 @@ scenes = dict(
         palette=[[0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
                  [245, 130, 48], [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60],
                  [250, 190, 212]]),
-    pipeline=[
-        dict(type='LoadImageFromFile'),
-        dict(type='LoadAnnotations', reduce_zero_label=True),
-        dict(type='PackSegInputs'),
-    ])
+    pipeline=train_pipeline)
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,
