@@ -4,6 +4,7 @@ Bad input (a missing data set, a missing checkpoint, more processes than GPUs ..
 before anything is built, and reported in one sentence. Where there is no GPU, several processes
 talk through gloo, which mmengine by itself does not offer.
 """
+import atexit
 import os
 import subprocess
 import sys
@@ -278,6 +279,7 @@ def _prepare_cpu_group(cfg):
             os.environ['MASTER_ADDR'] = hosts.split()[0]
         os.environ.setdefault('MASTER_PORT', '29500')
         distributed.init_process_group('gloo')
+        atexit.register(_leave_cpu_group)
     wrapper = cfg.get('model_wrapper_cfg') or dict(
         type='MMDistributedDataParallel', broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False))
@@ -290,6 +292,12 @@ def _prepare_cpu_group(cfg):
         notes.append(f'SyncBN needs GPUs: {len(layers)} norm_cfg use BN instead, whose statistics '
                      'are those of each process.')
     return notes
+
+
+def _leave_cpu_group():
+    """End gloo's threads; a process that exits around them may abort."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def dicts(node):

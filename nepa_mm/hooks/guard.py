@@ -64,7 +64,8 @@ class NonFiniteGuardHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         """Remember the files of the batch."""
-        samples = data_batch.get('data_samples') or [] if isinstance(data_batch, dict) else []
+        samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
+        samples = samples if isinstance(samples, list) else []
         self.seen.append([[getattr(sample, 'img_path', '?') for sample in samples], None])
 
     def _is_finite(self, runner):
