@@ -103,7 +103,7 @@ def test_parameters_of_the_reference():
     """Facts of the released fine-tuning, as drawn by the objects that the config builds."""
     pipeline = Config.fromfile(CONFIG).train_dataloader.dataset.pipeline
     names = [step.type for step in pipeline]
-    assert names == ['LoadImageFromFile', 'RandomResizedCrop', 'RandomFlip', 'TimmRandAugment',
+    assert names == ['LoadWholeImage', 'RandomResizedCrop', 'RandomFlip', 'TimmRandAugment',
                      'PackInputs']
     crop, flip, augment = (TRANSFORMS.build(dict(s, _scope_='mmpretrain')) for s in pipeline[1:4])
     assert (crop.crop_ratio_range, crop.interpolation, crop.backend, flip.prob) == (

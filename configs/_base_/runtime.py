@@ -9,7 +9,8 @@ default_hooks = dict(
     runtime_info=dict(type='DeferredRuntimeInfoHook'),  # logging costs the same in every iteration
     checkpoint=dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=3),
     resume=dict(type='ExactResumeHook'),
-    guard=dict(type='NonFiniteGuardHook'))
+    guard=dict(type='NonFiniteGuardHook'),
+    unreadable=dict(type='UnreadableImageHook'))     # replaces samples without a label only
 
 randomness = dict(seed=1337, diff_rank_seed=True)
 resume = True   # from the newest checkpoint in the work_dir; tools/train.py --no-resume starts anew

@@ -28,3 +28,4 @@ custom_hooks = [
     dict(type='NEPAMonitorHook', interval=100),
     dict(type='ThroughputHook', interval=100),
 ]
+default_hooks = dict(unreadable=dict(replace_labelled=True))     # no label is read here

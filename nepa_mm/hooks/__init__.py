@@ -8,7 +8,8 @@ from .probe import OnlineProbeHook
 from .resume import ExactResumeHook
 from .scalars import DeferredRuntimeInfoHook
 from .throughput import ThroughputHook
+from .unreadable import UnreadableImageHook
 
 __all__ = ['DeferredRuntimeInfoHook', 'ExactResumeHook', 'LabelCheckHook', 'ModelEMAHook',
            'NEPAMonitorHook', 'NonFiniteGuardHook', 'OnlineProbeHook', 'ThroughputHook',
-           'WholeCheckpointHook']
+           'UnreadableImageHook', 'WholeCheckpointHook']

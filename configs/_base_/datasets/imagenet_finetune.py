@@ -3,7 +3,7 @@
 Random erasing, Mixup and CutMix follow after the normalisation, in the data preprocessor.
 """
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadWholeImage'),
     dict(
         type='RandomResizedCrop',
         scale=224,
