@@ -155,6 +155,7 @@ def config(tmp_path, monkeypatch):
     cfg.train_dataloader.dataset.pipeline[:2] = [*LOADERS[0], dict(type='RandomFlip', prob=0.5)]
     cfg.default_hooks.update(resume=dict(type='ExactResumeHook'),
                              unreadable=dict(type='UnreadableImageHook', max_share=0.2))
+    cfg.randomness = dict(seed=1, diff_rank_seed=True)
     cfg.custom_hooks = [dict(type='SeenHook')]
     cfg.train_cfg.max_epochs = 3
     cfg.dump('run.py')
