@@ -5,6 +5,7 @@ before anything is built, and reported in one sentence. Where there is no GPU, s
 talk through gloo, which mmengine by itself does not offer.
 """
 import atexit
+import gc
 import os
 import subprocess
 import sys
@@ -295,7 +296,8 @@ def _prepare_cpu_group(cfg):
 
 
 def _leave_cpu_group():
-    """End gloo's threads; a process that exits around them may abort."""
+    """End gloo's threads, which need the interpreter to free tensors; later they would abort."""
+    gc.collect()        # a model of several processes holds the group, and cycles hold the model
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

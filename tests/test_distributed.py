@@ -1,5 +1,9 @@
 """Several processes: the gradients, the launchers, the shell scripts."""
 import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,14 +39,19 @@ def difference(one, two):
     return max((one[key].cpu() - two[key].cpu()).abs().max().item() for key in one)
 
 
-def test_two_processes_equal_one_with_the_joined_batch(folder):
-    """After one step of SGD with lr 1, equal weights are equal gradients."""
-    config = save_pretraining()
+def same_gradients():
+    """Options for one step of the joined batch of 4, and of a half of it in each process."""
     joined = options('randomness.seed=0', 'optim_wrapper.optimizer.lr=1.',
                      'train_dataloader.batch_size=4',
                      # In training each process draws its own scale of the coordinates.
                      'model.backbone.rope_rescale=None')
-    half = [*joined, 'train_dataloader.batch_size=2']
+    return joined, [*joined, 'train_dataloader.batch_size=2']
+
+
+def test_two_processes_equal_one_with_the_joined_batch(folder):
+    """After one step of SGD with lr 1, equal weights are equal gradients."""
+    config = save_pretraining()
+    joined, half = same_gradients()
     for script, *args in (
             ('train.py', config, '--work-dir', 'joined', *joined),
             ('dist_train.sh', config, 2, '--work-dir', 'two', *half)):
@@ -51,8 +60,55 @@ def test_two_processes_equal_one_with_the_joined_batch(folder):
     assert 'No GPU: 2 processes on the CPU, through gloo.' in output
     assert difference(weights('two'), weights('joined')) < 1e-6
 
+    run_train([config, '--work-dir', 'accumulated', *half, 'optim_wrapper.accumulative_counts=2'])
+    assert difference(weights('accumulated'), weights('joined')) < 1e-6
+
     run_train([config, '--work-dir', 'half', *half, 'train_dataloader.dataset.indices=2'])
     assert difference(weights('half'), weights('joined')) > 1e-3  # both processes did count
+
+
+def start(*args, **env):
+    """tools/dist_train.sh in the background, in a group of its own."""
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(TOOLS.parent), **env)
+    env['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), env['PATH']])
+    return subprocess.Popen([TOOLS / 'dist_train.sh', *map(str, args)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def children(pid):
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
+def test_a_dead_process_ends_the_others(folder):
+    """Without this the survivors would wait for it forever."""
+    config = save_pretraining()
+    program = start(config, 2, *options('train_cfg.max_epochs=500', 'optim_wrapper.optimizer.lr=0'))
+    lines = iter(program.stdout.readline, '')
+    assert any(re.search(r'Epoch\(train\) +\[ *2\]', line) for line in lines)
+    first, second = children(program.pid)
+    os.kill(second, signal.SIGKILL)
+    rest = program.communicate(timeout=60)[0]
+    assert program.returncode == 1
+    assert rest.splitlines()[-1] == ('error: the process of rank 1 was killed by SIGKILL; torchrun '
+                                     'has ended the others.')
+    assert not Path(f'/proc/{first}').exists()
+
+
+def test_two_machines(folder):
+    """Two launchers that meet at one address: half of the batch each, one result."""
+    config = save_pretraining()
+    joined, half = same_gradients()
+    launch = load_tool('launch')
+    nodes = dict(NNODES='2', MASTER_ADDR='127.0.0.1', PORT=str(launch.free_port()))
+    programs = [start(config, 1, '--work-dir', name, *half, NODE_RANK=rank, **nodes)
+                for rank, name in (('0', 'first'), ('1', 'second'))]
+    outputs = [program.communicate(timeout=120)[0] for program in programs]
+    assert [program.returncode for program in programs] == [0, 0], outputs
+    assert 'No GPU: 2 processes on the CPU, through gloo.' in outputs[0]
+
+    run_train([config, '--work-dir', 'joined', *joined])
+    assert difference(weights('first'), weights('joined')) < 1e-6
+    assert not list(Path('second').glob('*.pth'))     # the first one writes
 
 
 def save_program(name, line):

@@ -31,10 +31,12 @@ def main(gpus, *command):
             f'--master-port={env.get("PORT") or (free_port() if nodes == "1" else 29500)}',
             *command])
     except ChildFailedError as error:
-        # Status 2 is bad input, and the process has said so in one sentence.
-        if error.get_first_failure()[1].exitcode == 2:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == 2:       # bad input, and the process has said so in one sentence
             sys.exit(2)
-        raise
+        how = (f'was killed by {failure.signal_name()}' if failure.exitcode < 0
+               else f'ended with status {failure.exitcode}')
+        sys.exit(f'error: the process of rank {rank} {how}; torchrun has ended the others.')
 
 
 if __name__ == '__main__':
