@@ -1,6 +1,7 @@
 # make demo         pretrain on handwritten digits and see what it was worth (CPU, minutes)
 # make ablations    see how the paper's core ablations fail, on the digits (CPU, minutes)
 # make test         run the tests
+# make faults       kill runs, damage files, and see that nothing is lost (CPU, minutes)
 # make lint         check the style
 # Each first installs what it needs into VENV, once; PYTHON makes VENV when there is none.
 # In an environment with the original OpenMMLab packages: make test VENV=path EXTRAS=openmmlab,test
@@ -10,7 +11,7 @@ EXTRAS ?= mm,test,export
 PY = $(VENV)/bin/python
 INSTALLED = $(VENV)/.nepa_mm
 
-.PHONY: demo ablations test lint
+.PHONY: demo ablations test faults lint
 demo: $(INSTALLED)
 	$(PY) tools/demo.py
 
@@ -19,6 +20,9 @@ ablations: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PY) -m pytest
+
+faults: $(INSTALLED)
+	$(PY) -m tests.faults
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

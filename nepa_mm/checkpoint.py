@@ -67,8 +67,8 @@ def read_checkpoint(path, map_location='cpu', weights=None):
             Defaults to None.
 
     Returns:
-        dict: A checkpoint with at least the key ``state_dict``; published weights also
-        have ``published_names``, a list.
+        dict: A checkpoint with at least the keys ``state_dict`` and ``meta``; published weights
+        also have ``published_names``, a list.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -91,13 +91,16 @@ def read_checkpoint(path, map_location='cpu', weights=None):
         checkpoint = dict(state_dict=checkpoint)
     tensors = checkpoint['state_dict'] if isinstance(checkpoint, dict) else None
     if not (isinstance(tensors, dict) and tensors
-            and all(isinstance(t, torch.Tensor) for t in tensors.values())):
+            and all(isinstance(key, str) and isinstance(tensor, torch.Tensor)
+                    for key, tensor in tensors.items())):
         raise ValueError(f'{path} holds no state dict of tensors.')
+    meta = checkpoint['meta'] = checkpoint.get('meta') or {}
+    if not (isinstance(meta, dict) and isinstance(meta.get('weights', {}), dict)):
+        raise ValueError(f'{path} is damaged: its meta is {repr(meta)[:50]}.')
     if any(key.startswith('vit_nepa.') for key in tensors):
         which = 'ema' if file.name in PUBLISHED_FILES['ema'] else 'raw'
-        meta = dict(weights=dict(state_dict=which)) | checkpoint.get('meta', {})
-        checkpoint = dict(state_dict=from_published(tensors), meta=meta,
-                          published_names=list(tensors))
+        checkpoint = dict(state_dict=from_published(tensors), published_names=list(tensors),
+                          meta=dict(weights=dict(state_dict=which)) | meta)
     return checkpoint
 
 
@@ -146,7 +149,7 @@ def find_whole_checkpoint(work_dir):
                 damaged = opened.testzip()
             if damaged:
                 raise ValueError(f'{file} is damaged in {damaged}.')
-            if not {'epoch', 'iter'} <= set(checkpoint.get('meta') or {}):
+            if not {'epoch', 'iter'} <= set(checkpoint['meta']):
                 raise ValueError(f'{file} does not say how far the run was.')
             return str(file), problems
         except (ValueError, OSError, zipfile.BadZipFile) as error:
@@ -248,7 +251,7 @@ def select_weights(checkpoint, weights=None, name='the checkpoint'):
 
 def weights_of(checkpoint):
     """Whether ``state_dict`` of a checkpoint is 'ema' or 'raw'."""
-    recorded = (checkpoint.get('meta') or {}).get('weights') or {}
+    recorded = checkpoint.get('meta', {}).get('weights', {})
     return recorded.get('state_dict', 'ema' if 'ema_state_dict' in checkpoint else 'raw')
 
 

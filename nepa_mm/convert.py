@@ -121,17 +121,23 @@ def fit(state_dict, model):
     Args:
         state_dict (dict[str, Tensor]): In our names; the missing weights (one) and
             biases (zero) of QK-norm are added in place.
-        model (dict): Config of the model.
+        model (dict): Config of the model, as :func:`model_cfg` gives it.
 
     Returns:
         list[str]: The names that were added.
 
     Raises:
-        ValueError: Another tensor is missing, one is unknown to the model, or one has
-            another shape; the message names it.
+        ValueError: The model cannot be built. Or another tensor is missing, one is unknown to
+            the model, or one has another shape; the message names it.
     """
-    with torch.device('meta'), DefaultScope.overwrite_default_scope('mmpretrain'):
-        wanted = MODELS.build(model).state_dict()
+    last = f'backbone.layers.{model["backbone"]["arch"]["num_layers"] - 1}.ln1.weight'
+    if last not in state_dict:      # before a million blocks are built
+        raise ValueError(f'The file has no tensor {last}, which the network of its config has.')
+    try:
+        with torch.device('meta'), DefaultScope.overwrite_default_scope('mmpretrain'):
+            wanted = MODELS.build(model).state_dict()
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f'The network of the config cannot be built: {error}') from error
     new = [key for key in wanted if key not in state_dict]
     for key in new:
         if not re.search(r'\.[qk]_norm\.', key):

@@ -1,4 +1,10 @@
-"""The published ``config.json`` and our model configs, each from the other: pure functions."""
+"""The published ``config.json`` and our model configs, each from the other: pure functions.
+
+Nothing that a file says is executed: not the text of a recorded config, and no class that it
+names, but those of this format, is ever built.
+"""
+import ast
+import math
 from inspect import signature
 
 from mmengine.registry import MODELS
@@ -23,6 +29,7 @@ DEFAULTS = dict(
     qkv_bias=True, qk_norm=False, qk_norm_bias=False, qk_norm_affine=False, layerscale_value=1e-5,
     drop_path_prob=0., add_pooling_layer=False, is_causal=True, pos_embed_shift=None,
     pos_embed_jitter=None, pos_embed_rescale=2.)
+PAIRS = ('image_size', 'patch_size')
 NULLABLE = ('layerscale_value', 'pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale')
 # our argument -> the field that means the same
 FIELDS = dict(
@@ -45,25 +52,39 @@ def complete_config(config):
         dict: ``config`` and the missing fields.
 
     Raises:
-        ValueError: It describes another kind of model, or a field has a value of a
-            kind that the format does not know; the message names the field.
+        ValueError: It is no dict, describes another kind of model, or a field has a value
+            that the format does not know; the message names the field.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f'A published config is a JSON object, got {repr(config)[:50]}.')
     if config.get('model_type', 'vit_nepa') != 'vit_nepa':
         raise ValueError(f'model_type {config["model_type"]!r} is another architecture; only '
                          "'vit_nepa' can be converted.")
     full = DEFAULTS | config
     for key, default in DEFAULTS.items():
-        kind = (type(default),) if isinstance(default, (bool, str)) else (int, float)
-        values = full[key] if isinstance(full[key], list) and key.endswith('_size') else [full[key]]
-        for value in values:
-            if not (isinstance(value, kind) and (bool in kind) == isinstance(value, bool)
-                    or value is None and key in NULLABLE):
-                raise ValueError(f'{key} cannot be {full[key]!r} in a published config; its '
-                                 f'default is {default!r}.')
+        values = full[key] if key in PAIRS and isinstance(full[key], list) else [full[key]]
+        if not (all(_known(key, value) for value in values)
+                and (values == [full[key]] or len(values) == 2)):
+            raise ValueError(f'{key} cannot be {repr(full[key])[:50]} in a published config; its '
+                             f'default is {default!r}.')
+    if not isinstance(full.get('id2label', {}), dict):
+        raise ValueError('id2label must be an object that maps numbers to names, got '
+                         f'{repr(full["id2label"])[:50]}.')
     if full['hidden_act'] not in ACTIVATIONS:
         raise ValueError(f'hidden_act {full["hidden_act"]!r} has no counterpart here; known are '
                          f'{sorted(ACTIVATIONS)}.')
     return full
+
+
+def _known(key, value):
+    default = DEFAULTS[key]
+    if value is None:
+        return key in NULLABLE
+    if isinstance(default, (bool, str)) or isinstance(value, bool):
+        return type(value) is type(default)
+    if isinstance(default, int):        # a size or a count: no tensor has as many as 2 ** 31
+        return isinstance(value, int) and 0 < value < 2 ** 31
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def backbone_cfg(config):
@@ -112,6 +133,47 @@ def model_cfg(config, num_classes=None):
     return dict(type='ImageClassifier', backbone=backbone, head=head)
 
 
+def recorded_model(meta, path):
+    """The model part of the config that a checkpoint was trained with, from its ``meta``.
+
+    Args:
+        meta (dict): With ``model``, a dict, or ``cfg``, the text that mmengine records.
+        path (str): What error messages call the checkpoint.
+
+    Returns:
+        dict | None: The model; None if there is no record.
+
+    Raises:
+        ValueError: The record is damaged, or holds more than values: calls, say.
+    """
+    try:
+        model = meta.get('model')
+        if model is None and 'cfg' in meta:
+            found = [node.value for node in ast.parse(meta['cfg']).body
+                     if isinstance(node, ast.Assign) and ast.unparse(node.targets) == 'model']
+            model = _values(found[-1])
+        if model is not None and not isinstance(model['type'], str):
+            raise TypeError
+    except (AttributeError, IndexError, KeyError, RecursionError, SyntaxError, TypeError,
+            ValueError) as error:
+        raise ValueError(f'The config that {path} records is damaged, or is more than values: '
+                         'give the config file itself.') from error
+    return model
+
+
+def _values(node):
+    """A literal, or ``dict(key=value)`` as mmengine writes it, at any depth."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == 'dict' and not node.args:
+        return {keyword.arg: _values(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {ast.literal_eval(key): _values(value)
+                for key, value in zip(node.keys, node.values)}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        values = [_values(value) for value in node.elts]
+        return values if isinstance(node, ast.List) else tuple(values)
+    return ast.literal_eval(node)
+
+
 def published_config(model, stored=None):
     """The published ``config.json`` for a model of ours; the inverse of :func:`model_cfg`.
 
@@ -124,9 +186,25 @@ def published_config(model, stored=None):
         dict: The published fields.
 
     Raises:
-        ValueError: An option has no published counterpart; the message names it.
+        ValueError: An option has no published counterpart; the message names it. Or the
+            model is not made of the classes above, or lacks what they need.
     """
-    classifier = model['type'].rpartition('.')[2] == 'ImageClassifier'
+    try:
+        config = _published_config(model, stored)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f'No NEPA model has a config like this: {error!r}.') from error
+    complete_config(config)
+    return config
+
+
+def _published_config(model, stored):
+    types = [part['type'].rpartition('.')[2] for part in (
+        model, model['backbone'], *([model['head']] if model.get('head') else []))]
+    if types not in (['NEPA', 'NEPAViT', 'NEPAHead'], ['NEPA', 'NEPAViT'],
+                     ['ImageClassifier', 'NEPAViT', 'LinearClsHead']):
+        raise ValueError(f'A model of {", ".join(types)} has no place in the published format, '
+                         'which knows NEPA and ImageClassifier with LinearClsHead.')
+    classifier = types[0] == 'ImageClassifier'
     vit = MODELS.get('NEPAViT')
     args = {name: p.default for name, p in signature(vit).parameters.items()} | model['backbone']
     arch = vit.arch_zoo[args['arch'].lower()] if isinstance(args['arch'], str) else args['arch']

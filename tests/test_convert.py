@@ -1,4 +1,5 @@
 """Published weights to ours and back: every tensor, every option, and what is refused."""
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from nepa_mm.convert_config import (
     complete_config,
     model_cfg,
     published_config,
+    recorded_model,
 )
 
 from .test_parity import CASES, assert_agrees
-from .tiny_runs import load_tool, run_test
+from .tiny_runs import TOOLS, load_tool, run_test
 
 convert = load_tool('convert_checkpoint').main
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
@@ -279,6 +281,39 @@ def test_refusals(published, tmp_path, capsys):
     torch.save(dict(state_dict=weights | {'head.fc.weight': torch.ones(1)}), tmp_path / 'd.pth')
     assert refuse(capsys, tmp_path / 'd.pth', tmp_path / 'e', '--to', 'hf')
     assert not (tmp_path / 'e').exists()
+
+
+@pytest.mark.parametrize('meta', [
+    dict(cfg='model = __import__("os").mkdir("pwned")'),
+    dict(cfg='import os\nos.mkdir("pwned")\nmodel = dict(type="NEPA", backbone=os)'),
+    dict(cfg='model = dict(type="NEPA", backbone=dict(x=open("pwned", "w")))'),
+    dict(cfg='model = dict(**dict(type="NEPA"))'), dict(cfg='model = ('), dict(cfg='lr = 1'),
+    dict(cfg=7), dict(model=[]), dict(model=dict(type='NEPA')),
+    dict(model=dict(type='os.mkdir', path='pwned')),
+    dict(model=dict(type='NEPA', backbone=dict(type='os.mkdir', path='pwned'))),
+    dict(model=dict(type='NEPA', backbone=dict(type='NEPAViT', act_cfg=dict(
+        type='os.mkdir', path='pwned')))),
+    dict(model=dict(type='NEPA', backbone=dict(type='NEPAViT'), head=dict(
+        type='os.mkdir', path='pwned')))], ids=str)
+@pytest.mark.parametrize('tool', ['convert_checkpoint', 'publish_model'])
+def test_a_checkpoint_executes_nothing(meta, tool, tmp_path, monkeypatch, capsys):
+    """Neither the text of its config nor the classes that it names."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(state_dict=build(DEFAULTS | SMALL, None).state_dict(), meta=meta), 'a.pth')
+    if tool == 'convert_checkpoint':
+        assert refuse(capsys, 'a.pth', 'b', '--to', 'hf')
+    else:
+        with contextlib.suppress(SystemExit):       # it writes values, and builds nothing
+            load_tool(tool).main(['a.pth', 'c'])
+    assert not Path('pwned').exists() and not Path('b').exists()
+
+
+def test_recorded_configs_are_read_without_executing_them():
+    for file in TOOLS.parent.glob('configs/*/*.py'):
+        cfg = Config.fromfile(file)
+        if 'model' in cfg:
+            assert recorded_model(dict(cfg=cfg.pretty_text), '') == cfg.model.to_dict(), file
+    assert recorded_model({}, '') is None
 
 
 def test_inexpressible_options():

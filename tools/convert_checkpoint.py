@@ -9,6 +9,7 @@ DST.safetensors. In the other direction the network is that of --config, or the 
 checkpoint records.
 """
 import argparse
+import copy
 import json
 import re
 from pathlib import Path
@@ -24,7 +25,13 @@ from nepa_mm.checkpoint import (
     written_whole,
 )
 from nepa_mm.convert import DROPPED, fit, fold_layer_scale, match_names, to_published
-from nepa_mm.convert_config import DEFAULTS, complete_config, model_cfg, published_config
+from nepa_mm.convert_config import (
+    DEFAULTS,
+    complete_config,
+    model_cfg,
+    published_config,
+    recorded_model,
+)
 from nepa_mm.hub import download
 
 BASES = dict(NEPA='pretrain/nepa_vit-b.py', b='classification/nepa_vit-b_ft_in1k.py',
@@ -56,27 +63,8 @@ def read_config(src):
                                 'beside them.')
     try:
         return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{file} is no JSON: {error}') from error
-
-
-def read_model(checkpoint, config):
-    """The model part of the config that a checkpoint of ours was trained with."""
-    meta = checkpoint.get('meta') or {}
-    if config:
-        model = Config.fromfile(config).model
-    elif 'model' in meta:
-        model = meta['model']
-    elif 'cfg' in meta:
-        model = Config.fromstring(meta['cfg'], '.py').model
-    else:
-        raise ValueError('The checkpoint does not record its config; give it by --config.')
-    model = {key: model[key] for key in ('type', 'backbone', 'neck', 'head') if model.get(key)}
-    model = Config(model).to_dict()
-    for part in model.values():
-        if isinstance(part, dict):
-            part.pop('init_cfg', None)
-    return model
 
 
 def report(pairs, new, dropped, arrow):
@@ -118,6 +106,11 @@ def config_text(model, config, src):
     return f'"""Converted from {src}."""\n{base}\n\n{Config(cfg).pretty_text}'
 
 
+def count_classes(state_dict):
+    """How many classes the classifier has, None for a network without one."""
+    return len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else None
+
+
 def to_mm(args):
     if Path(args.dst).suffix != '.safetensors':
         raise ValueError(f'DST of --to mm is a .safetensors file, got {args.dst}.')
@@ -134,14 +127,15 @@ def to_mm(args):
     if names is None:
         raise ValueError(f'{args.src} holds no published NEPA weights: it has keys like '
                          f'{", ".join(list(state_dict)[:3])}, and none below vit_nepa.')
-    classes = len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else None
+    classes = count_classes(state_dict)
     model = model_cfg(config, classes)
     new = fit(state_dict, model)
     if args.fold_layer_scale:
         state_dict = fold_layer_scale(state_dict)
         model['backbone']['layer_scale_init_value'] = None
     labels = [config.get('id2label', {}).get(str(i)) for i in range(classes or 0)]
-    named = dict(dataset_meta=dict(classes=labels)) if labels and all(labels) else {}
+    named = dict(dataset_meta=dict(classes=labels)) if labels and all(
+        isinstance(label, str) for label in labels) else {}
     text, dst = config_text(model, config, args.src), Path(args.dst)
     with written_whole(dst.with_suffix('.py')) as file:
         file.write_text(text)
@@ -160,14 +154,23 @@ def to_hf(args):
     if not args.ema and 'ema_state_dict' not in checkpoint:
         weights = None      # whatever the file holds
     state_dict = select_weights(checkpoint, weights, args.src)
-    model = read_model(checkpoint, args.config)
+    meta = checkpoint['meta']
+    model = (Config.fromfile(args.config).model if args.config
+             else recorded_model(meta, args.src))
+    if model is None:
+        raise ValueError('The checkpoint does not record its config; give it by --config.')
+    model, classes = copy.deepcopy(model), count_classes(state_dict)
+    expected = (model.get('head') or {}).get('num_classes')
+    if expected != classes:
+        raise ValueError(f'The config has a head for {expected} classes, and {args.src} for '
+                         f'{classes}.')
     dropped = [key for key in state_dict if key in DROPPED]
     state_dict = {key: value for key, value in state_dict.items() if key not in DROPPED}
     if args.fold_layer_scale:
         state_dict = fold_layer_scale(state_dict)
         model['backbone']['layer_scale_init_value'] = None
-    new = fit(state_dict, model)
-    config = published_config(model, (checkpoint.get('meta') or {}).get('published'))
+    config = published_config(model, meta.get('published'))
+    new = fit(state_dict, model_cfg(config, classes))
     # config.json comes last: a folder without it is refused wherever weights are read
     save_weights(to_published(state_dict), folder / 'model.safetensors', for_transformers=True,
                  source=args.src, weights=dict(state_dict=weights or weights_of(checkpoint)))

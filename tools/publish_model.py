@@ -10,10 +10,9 @@ import argparse
 import datetime
 from pathlib import Path
 
-from mmengine.config import Config
-
 from nepa_mm import runtime
 from nepa_mm.checkpoint import read_checkpoint, save_weights, select_weights, weights_of
+from nepa_mm.convert_config import recorded_model
 from nepa_mm.hub import sha256
 
 
@@ -31,10 +30,11 @@ def publish(args):
     """Write the file and return its path."""
     checkpoint = read_checkpoint(args.checkpoint)
     state_dict = select_weights(checkpoint, args.weights, args.checkpoint)
-    meta = checkpoint.get('meta') or {}
-    kept = {key: meta[key] for key in ('model', 'dataset_meta', 'epoch', 'iter') if key in meta}
-    if 'cfg' in meta:
-        kept['model'] = Config.fromstring(meta['cfg'], '.py').model.to_dict()
+    meta = checkpoint['meta']
+    kept = {key: meta[key] for key in ('dataset_meta', 'epoch', 'iter') if key in meta}
+    model = recorded_model(meta, args.checkpoint)
+    if model is not None:
+        kept['model'] = model
     which = args.weights or weights_of(checkpoint)
     draft = Path(f'{args.out_prefix}_draft.safetensors')
     save_weights(state_dict, draft, weights=dict(state_dict=which), **kept)
