@@ -2,16 +2,19 @@
 # make ablations    see how the paper's core ablations fail, on the digits (CPU, minutes)
 # make test         run the tests
 # make faults       kill runs, damage files, and see that nothing is lost (CPU, minutes)
+# make test-classic run a part of them on the original distributions, in VENV .venv-classic;
+#                   PYTHON=python3.10 PINS="torch==2.4.1 torchvision==0.19.1 numpy==1.26.4" fits, too
 # make lint         check the style
 # Each first installs what it needs into VENV, once; PYTHON makes VENV when there is none.
-# In an environment with the original OpenMMLab packages: make test VENV=path EXTRAS=openmmlab,test
 VENV ?= .venv
 PYTHON ?= python3
 EXTRAS ?= mm,test,export
+PINS ?=
+CLASSIC = parity nepa optim ema checkpoint reliability guard classification segmentation stack
 PY = $(VENV)/bin/python
 INSTALLED = $(VENV)/.nepa_mm
 
-.PHONY: demo ablations test faults lint
+.PHONY: demo ablations test test-classic faults lint
 demo: $(INSTALLED)
 	$(PY) tools/demo.py
 
@@ -19,7 +22,10 @@ ablations: $(INSTALLED)
 	$(PY) tools/ablations.py
 
 test: $(INSTALLED)
-	$(PY) -m pytest
+	$(PY) -m pytest $(TESTS)
+
+test-classic:
+	$(MAKE) test VENV=.venv-classic EXTRAS=openmmlab,test TESTS='$(CLASSIC:%=tests/test_%.py)'
 
 faults: $(INSTALLED)
 	$(PY) -m tests.faults
@@ -35,7 +41,7 @@ $(INSTALLED): setup.py pyproject.toml nepa_mm/stack.py
 	  % sys.version.split()[0])'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
-	$(PY) -m pip install -e '.[$(EXTRAS)]'
+	$(PY) -m pip install -e '.[$(EXTRAS)]' $(PINS)
 	$(PY) -c 'import cv2' || { $(PY) -m pip uninstall -y opencv-python && \
 	  $(PY) -m pip install --force-reinstall --no-deps opencv-python-headless; }
 	touch $@

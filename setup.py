@@ -26,7 +26,9 @@ setup(
     install_requires=list(STACK['CORE'].values()),
     extras_require=dict(
         mm=list(STACK['CURRENT'].values()),
-        openmmlab=[*STACK['CLASSIC'].values(), 'setuptools>=77,<82'],  # mmengine uses pkg_resources
+        openmmlab=[*STACK['CLASSIC'].values(),
+                   'setuptools>=77,<82',    # mmengine uses pkg_resources
+                   'ftfy', 'regex'],        # mmsegmentation imports them and asks for neither
         export=['onnx', 'onnxruntime', 'onnxscript'],
         test=['matplotlib', 'pytest', 'ruff', 'scikit-learn', 'setuptools>=77',
               'tensorboard']),

@@ -9,8 +9,8 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 
 CORE = {    # module: requirement
-    'torch': 'torch>=2.5',
-    'torchvision': 'torchvision>=0.20',
+    'torch': 'torch>=2.4',
+    'torchvision': 'torchvision>=0.19',
     'timm': 'timm>=1.0.9',
     'safetensors': 'safetensors',
     'numpy': 'numpy',
@@ -18,6 +18,7 @@ CORE = {    # module: requirement
     'packaging': 'packaging',
 }
 CURRENT = {
+    'torch': 'torch>=2.5',
     'mmengine': 'onedl-mmengine>=0.10.8',
     'mmcv': 'onedl-mmcv>=2.3',
     'mmpretrain': 'onedl-mmpretrain>=1.3',

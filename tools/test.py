@@ -73,7 +73,7 @@ def show_predictions(cfg, show_dir):
     if not hook:
         raise ValueError('--show-dir needs default_hooks.visualization, which the config lacks.')
     if is_segmentation(cfg):
-        hook.draw = True
+        hook.update(draw=True, interval=1)
         cfg.visualizer.save_dir = show_dir
     else:
         hook.update(enable=True, out_dir=show_dir)
