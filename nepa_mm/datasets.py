@@ -92,7 +92,7 @@ def digit_scene(rng, digits):
         counted as in ADE20K: 0 unlabelled, 1 background, 2 to 11 the digits 0 to 9.
     """
     cells = rng.integers(4, 17)
-    texture = Image.fromarray(rng.integers(0, 21, (cells, cells, 3), dtype=np.uint8))
+    texture = Image.fromarray(rng.integers(0, 61, (cells, cells, 3), dtype=np.uint8))
     image = np.asarray(texture.resize((SCENE, SCENE), Image.Resampling.BICUBIC), np.float64)
     label = np.ones((SCENE, SCENE), np.uint8)
     half = SCENE // 2
@@ -108,13 +108,13 @@ def digit_scene(rng, digits):
     return image.round().astype(np.uint8), label
 
 
-def write_digit_scenes(folder, num_train=30, num_val=100, seed=0):
+def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
     """Write scenes in ADE20K's folder layout, a small data set for semantic segmentation.
 
     Args:
         folder (str | Path): Gets ``images/`` and ``annotations/``, each with ``training/`` and
             ``validation/``.
-        num_train (int): Training scenes, of training digits. Defaults to 30.
+        num_train (int): Training scenes, of training digits. Defaults to 100.
         num_val (int): Validation scenes, of test digits. Defaults to 100.
         seed (int): A scene depends on it and on its own number only. Defaults to 0.
     """

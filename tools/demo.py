@@ -46,7 +46,7 @@ LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
 ITERS = 250                     # of training UPerNet
 STARTS = ('random', 'pretrained')
 LAST_BLOCK = 'k-NN, last block'
-SEGMENTATION = 'UPerNet, 30 scenes, mIoU'
+SEGMENTATION = 'UPerNet, 100 scenes, mIoU'
 
 
 class ProgressHook(Hook):

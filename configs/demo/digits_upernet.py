@@ -4,7 +4,7 @@ Data:     python tools/make_digit_scenes.py
 Command:  python tools/train.py configs/demo/digits_upernet.py
 From scratch, with the same recipe:  --cfg-options model.backbone.init_cfg=None
 
-ADE20K's recipe with the small network of the demo, on 30 scenes of 32 pixels. As patches have 4
+ADE20K's recipe with the small network of the demo, on 100 scenes of 32 pixels. As patches have 4
 pixels, the pyramid starts at twice their resolution, not four times. Such a short run wants a
 large learning rate without layer decay and drop path, a patch embedding that learns, too, the
 attention as pretrained, and the full auxiliary loss on the last block.
