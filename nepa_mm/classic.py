@@ -77,6 +77,6 @@ def hide_multimodal():
 def log_record_globals():
     """What the log records in a checkpoint of mmengine consist of."""
     from mmengine.logging import HistoryBuffer
-    core = getattr(np, '_core', None) or np.core    # renamed in numpy 2
+    core = np.core if np.__version__ < '2' else np._core
     return [HistoryBuffer, encode, getattr, np.ndarray, np.dtype, core.multiarray._reconstruct,
             core.multiarray.scalar, *(type(np.dtype(name)) for name in ('f8', 'i8', 'u4'))]
