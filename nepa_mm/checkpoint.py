@@ -1,6 +1,7 @@
 """Reading weights of any origin, writing them whole, and starting a network from them."""
 import json
 import os
+import re
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,8 @@ def read_checkpoint(path, map_location='cpu', weights=None):
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is torn, or is no checkpoint.
+        ValueError: The file is torn, is no checkpoint, or is a pickle with other classes; the
+            message names the class and how to allow it.
     """
     located = locate(path, weights)
     file = Path(located).expanduser()
@@ -84,9 +86,8 @@ def read_checkpoint(path, map_location='cpu', weights=None):
         try:
             checkpoint = _read_file(file, map_location)
         except Exception as error:      # torch, pickle, zip and safetensors each raise their own
-            reason = str(error).strip().split('\n')[0]
             raise ValueError(
-                f'{path} is no checkpoint that can be read safely: {reason}') from error
+                f'{path} is no checkpoint that can be read safely: {_reason(error)}.') from error
     if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
     tensors = checkpoint['state_dict'] if isinstance(checkpoint, dict) else None
@@ -112,6 +113,18 @@ def _read_file(file, map_location):
                         meta=meta)
     with torch.serialization.safe_globals(get_torch_safe_globals()):
         return torch.load(file, map_location, weights_only=True)
+
+
+def _reason(error):
+    """Why torch or safetensors refused, without torch's advice to execute the file."""
+    text = str(error)
+    foreign = re.search(r'Unsupported (?:global|class).*?GLOBAL (\S+)', text)
+    if foreign:
+        return (f'it holds {foreign[1]}, and what is no tensor, number, text or log record may '
+                'execute something; a class that you trust can be allowed by '
+                'torch.serialization.add_safe_globals, in a module of custom_imports, say')
+    text = text.partition('WeightsUnpickler error: ')[2] or text
+    return text.strip().split('\n')[0].rstrip('.')
 
 
 @CheckpointLoader.register_scheme(

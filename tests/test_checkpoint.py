@@ -111,8 +111,9 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'evil.pth').write_bytes(pickle.dumps(dict(state_dict=Payload())))
     torch.save(dict(state_dict=dict(w=torch.ones(1)), meta=Payload()), tmp_path / 'evil2.pth')
-    for name in ('evil.pth', 'evil2.pth'):
-        with pytest.raises(ValueError, match='read safely'):
+    for name, why in (('evil.pth', 'Unsupported operand'),
+                      ('evil2.pth', 'it holds _?io.open, .*add_safe_globals')):
+        with pytest.raises(ValueError, match=f'can be read safely: {why}'):
             read_checkpoint(tmp_path / name)
     assert not (tmp_path / 'payload_ran').exists()
 

@@ -19,6 +19,7 @@ from .tiny_runs import (
     run_script,
     run_train,
     save_classifier,
+    save_image,
     save_pretraining,
     save_segmentor,
 )
@@ -40,7 +41,7 @@ def difference(one, two):
 
 
 def same_gradients():
-    """Options for one step of the joined batch of 4, and of a half of it in each process."""
+    """Options for steps of the joined batch of 4, and of a half of it in each process."""
     joined = options('randomness.seed=0', 'optim_wrapper.optimizer.lr=1.',
                      'train_dataloader.batch_size=4',
                      # In training each process draws its own scale of the coordinates.
@@ -49,8 +50,13 @@ def same_gradients():
 
 
 def test_two_processes_equal_one_with_the_joined_batch(folder):
-    """After one step of SGD with lr 1, equal weights are equal gradients."""
+    """After two steps of SGD with lr 1, equal weights are equal gradients.
+
+    The second batch is uneven: of 6 images 2 are left, for two processes and for the accumulation.
+    """
     config = save_pretraining()
+    for index in (4, 5):
+        save_image(Path(f'data/imagenet/train/n00000000/{index}.JPEG'))
     joined, half = same_gradients()
     for script, *args in (
             ('train.py', config, '--work-dir', 'joined', *joined),
@@ -65,6 +71,20 @@ def test_two_processes_equal_one_with_the_joined_batch(folder):
 
     run_train([config, '--work-dir', 'half', *half, 'train_dataloader.dataset.indices=2'])
     assert difference(weights('half'), weights('joined')) > 1e-3  # both processes did count
+
+
+def test_each_process_draws_its_own_coordinates(folder):
+    """As in the reference; and every run with this seed draws them again."""
+    config = save_pretraining()
+    runs = dict(one=True, two=True, alike=False)
+    programs = [start(config, 2, '--work-dir', name, *options(
+        'randomness.seed=0', f'randomness.diff_rank_seed={differ}', 'optim_wrapper.optimizer.lr=1.',
+        'train_dataloader.sampler.shuffle=False')) for name, differ in runs.items()]
+    for program in programs:
+        output = program.communicate(timeout=120)[0]
+        assert program.returncode == 0, output
+    one, two, alike = map(weights, runs)
+    assert difference(one, two) == 0 < difference(one, alike)
 
 
 def start(*args, **env):
