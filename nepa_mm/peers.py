@@ -169,3 +169,28 @@ def build_step(loss, update, images, bf16):
         synchronize()
         return middle - start, time.perf_counter() - middle
     return step
+
+
+def saved_bytes(model, images, bf16):
+    """The bytes that autograd keeps of one forward pass for the backward, parameters left out.
+
+    Args:
+        model (NEPA): In training mode.
+        images (Tensor): (batch, channels, height, width).
+        bf16 (bool): Whether to compute in mixed precision; the copies of the weights count.
+
+    Returns:
+        int: Bytes.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage      # holding it, for its address could come again
+        return tensor
+
+    with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+          torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16)):
+        model.loss(images)
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in parameters)

@@ -80,13 +80,25 @@ def test_step(tmp_path, capsys):
 
 
 def test_scaling():
-    rows = benchmark(['scaling', '--arch', 'tiny', '--batch', '1', '--repeats', '1'])
+    rows = benchmark(['scaling', '--arch', 'tiny', '--batch', '1', '--repeats', '1',
+                      '--batches', '1', '4'])
     assert [row['tokens'] for row in rows[:5]] == [64, 256, 576, 1024, 1600]
     assert {row['batch'] for row in rows} == {1, 4} and {row['depth'] for row in rows} == {3, 4, 24}
     for row in rows:
         assert row['ps/FLOP'] == pytest.approx(row['ms'] / row['GFLOP'])
     by = {(row['tokens'], row['batch'], row['depth']): row['GFLOP'] for row in rows}
     assert by[256, 4, 3] == pytest.approx(4 * by[256, 1, 3])
+
+
+def test_memory():
+    """A block in fp32 keeps about 20 activations: its input, q, k, v, 2 x 4 in the MLP, ..."""
+    off, on = benchmark(['memory', '--arch', 'tiny', '--batch', '8'])
+    parameters = sum(p.numel() for p in peers.build_nepa(BASES, arch='tiny').parameters())
+    assert off['state GB'] == on['state GB'] == 20 * parameters / 1e9
+    assert on['activations GB'] < off['activations GB']
+    twice = benchmark(['memory', '--arch', 'tiny', '--batch', '16'])[0]['activations GB']
+    one = TINY['num_layers'] * 256 * TINY['embed_dims'] * 4 / 1e9
+    assert 15 < (twice - off['activations GB']) / 8 / one < 30
 
 
 def test_train():

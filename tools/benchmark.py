@@ -2,6 +2,7 @@
 
     python tools/benchmark.py step --arch base --precision bf16 --batch 4 [--compile]
     python tools/benchmark.py scaling --arch small
+    python tools/benchmark.py memory --arch large --batch 256 --precision bf16
     python tools/benchmark.py train --arch tiny
     python tools/benchmark.py loader --workers 8
     python tools/benchmark.py plan --gpus 8 --model l --images-per-second 1000 ...
@@ -69,10 +70,15 @@ def parse_args(argv=None):
         sub.add_argument('--batch', type=positive, default=batch, help='images per step')
         sub.add_argument('--repeats', type=positive, default=repeats, help='turns, after a warmup')
         sub.add_argument('--compile', action='store_true', help='compile our blocks')
+        return sub
 
     network(command('step', step, 'forward, loss, backward, optimizer, EMA'), 'base', 4, 5)
     network(command('scaling', scaling, 'time per FLOP over tokens, batch and depth'),
-            'small', 2, 3)
+            'small', 2, 3).add_argument(
+        '--batches', type=positive, nargs='+', default=[1, 16, 256],
+        help='those to try; --batch is that of the other points')
+    network(command('memory', memory, 'what a step keeps, with and without recomputation'),
+            'large', 256, 1)
     sub = command('train', train, 'the Runner against a bare loop')
     network(sub, 'tiny', 8, 3)
     sub.add_argument('--iterations', type=positive, default=30, help='per turn')
@@ -182,7 +188,7 @@ def scaling(args):
     """Forward and backward over tokens, batch and depth; time per FLOP should not rise."""
     dims = dict(peers.NEPAViT.arch_zoo[args.arch])
     points = [(size, args.batch, dims['num_layers']) for size in (112, 224, 336, 448, 560)]
-    points += [(224, batch, dims['num_layers']) for batch in (1, 4 * args.batch)]
+    points += [(224, batch, dims['num_layers']) for batch in args.batches]
     points += [(224, args.batch, depth) for depth in (4, 24)]
     models = {depth: peers.build_nepa(BASES, arch=dict(dims, num_layers=depth),
                                       compile_blocks=args.compile)
@@ -203,6 +209,45 @@ def scaling(args):
                      'MFU %': 100 * work / (rows[-1]['ms'] / 1e3) / peak}
     return report(args, environment(args, arch=args.arch, precision=args.precision,
                                     repeats=args.repeats), rows)
+
+
+def memory(args):
+    """Bytes that a step needs: counted on small batches, and measured where there is a GPU.
+
+    Weights, gradients, AdamW's two states and the average take 20 bytes a parameter. What
+    autograd keeps is counted exactly; it is a constant and a multiple of the batch. While one
+    block is recomputed its own activations are there, too. Short-lived tensors are not counted.
+    """
+    def build(**backbone):
+        return peers.build_nepa(BASES, compile_blocks=args.compile, **backbone)
+
+    def kept(model):
+        """Bytes of a step without images, and of each image."""
+        one, two = (peers.saved_bytes(
+            model, torch.randn(batch, 3, 224, 224, device=get_device()), args.precision == 'bf16')
+            for batch in (1, 2))
+        return 2 * one - two, two - one
+
+    arch = dict(peers.NEPAViT.arch_zoo[args.arch])
+    (_, one_block), (_, two_blocks) = (kept(build(arch=dict(arch, num_layers=n))) for n in (1, 2))
+    rows = []
+    for with_cp in (False, True):
+        model = build(arch=arch, with_cp=with_cp)
+        state = 20 * sum(p.numel() for p in model.parameters())
+        constant, image = kept(model)
+        activations = constant + args.batch * (image + with_cp * (two_blocks - one_block))
+        steps, measured = measured_memory({'step': peers.build_step(
+            lambda images, model=model: model.loss(images)['loss'], peers.our_update(BASES, model),
+            torch.randn(args.batch, 3, 224, 224, device=get_device()), args.precision == 'bf16')})
+        if get_device() == 'cuda':
+            for _ in range(2):      # the second one has the optimizer's state
+                steps['step']()
+        rows.append({'recomputation (with_cp)': 'on' if with_cp else 'off',
+                     'state GB': state / 1e9, 'activations GB': activations / 1e9,
+                     'sum GB': (state + activations) / 1e9,
+                     'GPU peak GB': measured.get('step', 'no GPU')})
+    return report(args, environment(args, arch=args.arch, precision=args.precision,
+                                    batch=args.batch), rows)
 
 
 # The framework and the data
