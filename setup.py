@@ -30,6 +30,7 @@ setup(
                    'setuptools>=77,<82',    # mmengine uses pkg_resources
                    'ftfy', 'regex'],        # mmsegmentation imports them and asks for neither
         export=['onnx', 'onnxruntime', 'onnxscript'],
-        test=['matplotlib', 'pytest', 'ruff', 'scikit-learn', 'setuptools>=77',
+        parquet=['pyarrow'],
+        test=['matplotlib', 'pyarrow', 'pytest', 'ruff', 'scikit-learn', 'setuptools>=77',
               'tensorboard']),
 )

@@ -7,6 +7,8 @@ from mmengine import fileio
 from mmengine.registry import TRANSFORMS
 from PIL import Image, ImageOps
 
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+
 
 class UnreadableImageError(ValueError):
     """An image file that is missing, torn or no image; the message names it."""

@@ -19,8 +19,7 @@ from mmengine.runner import Runner
 from torch import distributed
 
 from .checkpoint import find_whole_checkpoint
-
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+from .reading import IMAGE_SUFFIXES
 
 # The layouts of the data sets in our configs, below `data_root`.
 LAYOUTS = dict(

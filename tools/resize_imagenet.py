@@ -16,6 +16,7 @@ from mmengine.utils import ProgressBar
 
 from nepa_mm import runtime
 from nepa_mm.datasets import resize_image
+from nepa_mm.reading import IMAGE_SUFFIXES
 
 
 def parse_args(argv=None):
@@ -52,7 +53,7 @@ def find_images(source):
     """Paths of all images, relative to ``source``, in order."""
     images = [Path(folder, file).relative_to(source)
               for folder, _, files in os.walk(source, followlinks=True)
-              for file in files if file.lower().endswith(runtime.IMAGE_SUFFIXES)]
+              for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
         raise FileNotFoundError(f'{source} holds no image.')
     return sorted(images)

@@ -1,0 +1,128 @@
+"""Tar and Parquet shards hold the same samples as a folder, in an order of their own."""
+import json
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow
+import pytest
+from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
+from mmengine.fileio import get
+from mmengine.registry import DATASETS, init_default_scope
+from pyarrow import parquet
+
+from nepa_mm import shards
+
+from .tiny_runs import run_train, save_image, save_pretraining
+
+PIPELINE = [dict(type='LoadWholeImage'), dict(type='PackInputs')]
+
+
+def add(opened, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    opened.addfile(member, BytesIO(content))
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """Seven JPEGs: (name, bytes, label) each."""
+    monkeypatch.chdir(tmp_path)
+    init_default_scope('mmpretrain')
+    for index in range(7):
+        save_image(Path(f'single/n{index}.1.JPEG'), (30 + index, 28))
+    return [(path.stem, path.read_bytes(), index)
+            for index, path in enumerate(sorted(Path('single').iterdir()))]
+
+
+def save_tars(images, labels=True):
+    Path('tars/more').mkdir(parents=True)
+    for file, part in (('tars/in-train-00.tar', images[:4]), ('tars/more/in-train-01.tar',
+                                                            images[4:])):
+        with tarfile.open(file, 'w') as opened:
+            for name, content, label in part:
+                if labels:
+                    add(opened, f'./{name.split(".")[0]}.cls', str(label).encode())
+                add(opened, f'./{name.split(".")[0]}.jpg', content)
+                add(opened, f'./{name.split(".")[0]}.json', b'{}')
+
+
+def save_parquet(images):
+    Path('parquet/data').mkdir(parents=True)
+    for number, part in enumerate((images[:3], images[3:])):
+        table = pyarrow.table(dict(
+            image=[dict(bytes=content, path=name) for name, content, _ in part],
+            label=[label for *_, label in part]))
+        parquet.write_table(table, f'parquet/data/train-0000{number}-of-00002.parquet',
+                            row_group_size=2)
+
+
+def build(root, **kwargs):
+    return DATASETS.build(dict(type='ImageNetShards', data_root=root, pipeline=PIPELINE, **kwargs))
+
+
+@pytest.mark.parametrize('save, root', [(save_tars, 'tars'), (save_parquet, 'parquet')])
+def test_samples(images, save, root):
+    save(images)
+    dataset = build(root)
+    assert len(dataset) == 7 and len(dataset.metainfo['classes']) == 1000
+    for index, (_, content, label) in enumerate(images):
+        info = dataset.get_data_info(index)
+        assert get(info['img_path']) == content and info['gt_label'] == label
+        sample = dataset[index]
+        assert sample['inputs'].shape == (3, 28, 30 + index)
+        assert sample['data_samples'].gt_label.item() == label
+    assert 'gt_label' not in build(root, with_label=False).get_data_info(0)
+    with pytest.raises(FileNotFoundError, match="no .tar and no .parquet files with 'val' in"):
+        build(root, split='val')
+    assert list(DefaultSampler(dataset, shuffle=False)) == list(range(7))
+
+
+def test_the_index_of_tars_is_kept(images, monkeypatch):
+    save_tars(images)
+    paths = [build('tars').get_data_info(index)['img_path'] for index in range(7)]
+    stored = Path('tars', shards.INDEX)
+    assert set(json.loads(stored.read_text())) == {'in-train-00.tar', 'more/in-train-01.tar'}
+
+    with monkeypatch.context() as patch:        # not read again
+        patch.setattr(shards, 'index_tar', None)
+        assert [build('tars').get_data_info(index)['img_path'] for index in range(7)] == paths
+    stored.write_text('{"in-tr')                # a damaged index is made again
+    assert len(build('tars')) == 7
+    Path('tars/in-train-00.tar').unlink()
+    Path('tars/more/in-train-01.tar').rename('tars/in-train-00.tar')
+    assert len(build('tars')) == 3              # another file of that name
+
+
+def test_refusals(images):
+    save_tars(images, labels=False)
+    with pytest.raises(ValueError, match='n0.jpg in .*in-train-00.tar has no label'):
+        build('tars')
+    dataset = build('tars', with_label=False)
+    content = Path('tars/in-train-00.tar').read_bytes()
+    Path('tars/in-train-00.tar').write_bytes(content[:1000])
+    with pytest.raises(ValueError, match='image shard:.*n0.jpg cannot be read: .*ends after'):
+        dataset[0]
+    Path('tars/in-train-00.tar').write_text('no tar')
+    with pytest.raises(ValueError, match='in-train-00.tar is no tar of images and labels'):
+        build('tars')
+    Path('other').mkdir()
+    Path('other/train.parquet').write_text('no parquet')
+    with pytest.raises(ValueError, match='train.parquet is no Parquet file with the columns image'):
+        build('other')
+    save_parquet(images)
+    with pytest.raises(ValueError, match='columns picture and label: it has the columns'):
+        build('parquet', image_column='picture')
+
+
+@pytest.mark.parametrize('save, root', [(save_tars, 'tars'), (save_parquet, 'parquet')])
+def test_training_with_workers(images, save, root):
+    save(images)
+    cfg = Config.fromfile(save_pretraining())
+    cfg.train_dataloader.update(num_workers=2, persistent_workers=False)
+    steps = cfg.train_dataloader.dataset.pipeline
+    cfg.train_dataloader.dataset = dict(type='ImageNetShards', data_root=root, pipeline=[
+        dict(type='LoadRandomResizedCrop', scale=28), steps[-1]])
+    cfg.dump('shards.py')
+    assert run_train(['shards.py', '--work-dir', 'work']).iter == 4
