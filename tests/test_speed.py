@@ -105,7 +105,8 @@ def test_compiled_run_saves_and_resumes_like_an_eager_one(traced, tmp_path):
     eager, compiled = (torch.load(tmp_path / name / 'epoch_1.pth', weights_only=False)
                        for name in ('False', 'True'))
     for key in ('state_dict', 'ema_state_dict'):
-        torch.testing.assert_close(eager[key], compiled[key], rtol=1e-4, atol=1e-5)
+        # AdamW makes a step of 1e-2 of the tiniest gradient, hence something of its rounding
+        torch.testing.assert_close(eager[key], compiled[key], rtol=1e-4, atol=1e-4)
     assert run(tmp_path / 'True', epochs=2, resume=True).iter == 24
 
 
