@@ -127,7 +127,7 @@ class NEPAViT(BaseBackbone):
                  rope_theta=100., rope_shift=None, rope_jitter=None, rope_rescale=2.,
                  use_abs_pos_emb=False, img_size=224, num_register_tokens=0, scan='raster',
                  remainder='error', frozen_stages=-1, with_cp=False, compile_blocks=False,
-                 init_cfg=None):
+                 bf16_residual=False, init_cfg=None):
         super().__init__(init_cfg)
         arch = self._arch_settings(arch)
         self.embed_dims, self.num_layers = arch['embed_dims'], arch['num_layers']
@@ -153,6 +153,7 @@ class NEPAViT(BaseBackbone):
                              f"'cls_token', 'last_token' or 'avg_featmap', got {out_type!r}.")
         self.out_type, self.with_cp, self.frozen_stages = out_type, with_cp, frozen_stages
         self.causal, self.compile_blocks, self.scan = causal, compile_blocks, scan
+        self.bf16_residual = bf16_residual
         self.num_extra_tokens = 1 + num_register_tokens     # the class token comes first
         self.out_indices = self._resolve(out_indices)
 
@@ -178,7 +179,6 @@ class NEPAViT(BaseBackbone):
                   layer_scale_init_value=layer_scale_init_value, norm_eps=norm_eps,
                   drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=rate)
             for rate in drop_path_rates)
-
 
         def norm(enabled):
             return nn.LayerNorm(self.embed_dims, norm_eps) if enabled else nn.Identity()
@@ -282,6 +282,8 @@ class NEPAViT(BaseBackbone):
             prefix.append(self.register_tokens.expand(z.shape[0], -1, -1))
         x = torch.cat((*prefix, z), dim=1)
         x = self.drop(x)
+        if self.bf16_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.bfloat16()
         sin, cos = self.rope(grid, self.num_extra_tokens, x.device)
         sin, cos = sin[:x.shape[1]], cos[:x.shape[1]]
         run = compiled_block() if self.compile_blocks and self.training else run_block
@@ -292,7 +294,9 @@ class NEPAViT(BaseBackbone):
             else:
                 x = run(layer, x, sin, cos)
             if i in out_indices:
-                outs.append(self.norm(x) if i == self.num_layers - 1 else x)
+                outs.append(x)
+        if self.num_layers - 1 in out_indices:
+            outs[-1] = self.norm(x.to(self.cls_token.dtype))
         return outs
 
     def _positions(self, grid):                                     # 1 N D, in scan order
