@@ -13,6 +13,7 @@ import copy
 
 import torch
 from mmengine import dist
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
@@ -23,6 +24,11 @@ from .layers import Block
 def whole(tensor):
     """The whole tensor in every process, of a slice or of what is whole already."""
     return tensor.full_tensor() if is_slice(tensor) else tensor
+
+
+def local(tensor):
+    """What this process holds of a tensor: the slice, or all of what is whole."""
+    return tensor.to_local() if is_slice(tensor) else tensor
 
 
 def is_slice(value):
@@ -116,6 +122,16 @@ def _take_whole_state(optimizer, state_dict):
     return dict(state_dict, state=state)
 
 
+class NowhereBackend(LocalBackend):
+    """Where the processes that only help to gather a checkpoint put it."""
+
+    def put(self, obj, filepath):
+        """Write nothing."""
+
+
+register_backend('nowhere', NowhereBackend)
+
+
 @RUNNERS.register_module()
 class FSDPRunner(Runner):
     """mmengine's Runner, whose processes share one network instead of having a copy each.
@@ -161,6 +177,13 @@ class FSDPRunner(Runner):
                 lambda optimizer, state_dict: whole_on_main(state_dict))
             built.optimizer.register_load_state_dict_pre_hook(_take_whole_state)
         return built
+
+    def save_checkpoint(self, *args, **kwargs):
+        """Write a checkpoint in the main process, for which all of them gather their slices."""
+        everywhere = Runner.save_checkpoint.__wrapped__     # without mmengine's @master_only
+        if self.distributed and not dist.is_main_process():
+            kwargs['backend_args'] = dict(backend='nowhere')
+        everywhere(self, *args, **kwargs)
 
     def resume(self, filename, resume_optimizer=True, resume_param_scheduler=True,
                map_location='cpu'):

@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 from mmengine.utils import digit_version
 
-from .fsdp import whole
+from .fsdp import local, whole
 from .history import log_scalar
 
 HEADS = ('head', 'decode_head', 'auxiliary_head')
@@ -291,5 +291,5 @@ class MultiTensorEMA(ExponentialMovingAverage):
     @staticmethod
     def _foreach(operation, pairs, *args):
         if pairs:
-            operation([average for average, _ in pairs],
-                      [value.to(average.device) for average, value in pairs], *args)
+            operation([local(average) for average, _ in pairs],
+                      [local(value).to(average.device) for average, value in pairs], *args)
