@@ -7,7 +7,7 @@ computed is what DistributedDataParallel computes.
 mmengine's own FSDPStrategy cannot resume on torch >= 2.1, refuses the CPU, and its
 checkpoints do not go with an EMA hook. So this is torch's ``fully_shard`` below mmengine's usual
 Runner: loop, hooks, checkpoints and exact resume are those of every other run. A checkpoint holds
-whole tensors under their plain names, so any number of processes, sharded or not, resumes from it.
+whole tensors under their plain names, from which a run resumes whether it is sharded or not.
 """
 import copy
 
