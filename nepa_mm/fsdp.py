@@ -4,15 +4,16 @@ Every process keeps a slice of each tensor (a DTensor). The blocks are gathered 
 when they are computed, and freed again; their gradients are averaged and sliced at once. What is
 computed is what DistributedDataParallel computes.
 
-mmengine's own FSDPStrategy cannot resume on torch >= 2.1, refuses the CPU, and its
-checkpoints do not go with an EMA hook. So this is torch's ``fully_shard`` below mmengine's usual
-Runner: loop, hooks, checkpoints and exact resume are those of every other run. A checkpoint holds
-whole tensors under their plain names, from which a run resumes whether it is sharded or not.
+mmengine's own FSDPStrategy cannot resume (it calls torch as 2.0 wanted it), refuses the CPU, and
+its checkpoints do not go with an EMA hook. So this is torch's ``fully_shard`` below mmengine's
+usual Runner: loop, hooks, checkpoints and exact resume are those of every other run. A checkpoint
+holds whole tensors under their plain names, from which a run resumes sharded or not.
 """
 import copy
 
 import torch
 from mmengine import dist
+from mmengine.device import get_device
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -141,8 +142,9 @@ class FSDPRunner(Runner):
     stay slices while they accumulate. Forward and backward run under the autocast of the
     optimizer wrapper, on gathered fp32 weights.
 
-    Without ``model.backbone.with_cp=True`` autograd keeps the bf16 weights of every block from
-    its forward to its backward pass, 2 bytes a parameter.
+    The network is built whole, so its weights alone must fit on every GPU for a moment. Without
+    ``model.backbone.with_cp=True`` autograd keeps the bf16 weights of every block from its forward
+    to its backward pass, 2 bytes a parameter.
 
     Raises:
         ValueError: See :func:`shard`; or there is a ``model_wrapper_cfg``.
@@ -158,14 +160,19 @@ class FSDPRunner(Runner):
                              f'which is {model_wrapper_cfg}.')
         if self._train_loop is not None and hasattr(model, 'init_weights'):
             model.init_weights()        # now, for it reads and writes whole tensors
+        model = model.to(get_device())      # BaseModel's method tells the data preprocessor, too
         for tensor in model.state_dict().values():
             dist.broadcast(tensor)
+        total = sum(p.numel() for p in model.parameters())
         shard(model)
+        held = sum(local(p).numel() for p in model.parameters())
+        self.logger.info(f'{dist.get_world_size()} processes share {total:,} parameters, of which '
+                         f'this one holds {held:,}.')
         # bf16 copies of the weights would outlive their block until the end of the forward pass
         torch.set_autocast_cache_enabled(False)
         return model
 
-    def _init_model_weights(self):
+    def _init_model_weights(self):      # wrap_model has done it
         if not self.distributed:
             super()._init_model_weights()
 
@@ -187,5 +194,5 @@ class FSDPRunner(Runner):
 
     def resume(self, filename, resume_optimizer=True, resume_param_scheduler=True,
                map_location='cpu'):
-        """Resume from a file, which stays off the GPU: it holds whole tensors."""
+        """Resume from a file, which stays off the GPU: every process reads all of it."""
         super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
