@@ -8,6 +8,6 @@ stack.check_binaries()
 stack.register()
 
 # each of these registers what is its own
-from . import augment, backbone, datasets, heads, hooks, nepa, optim, shards  # noqa: E402, F401
+from . import augment, backbone, datasets, fsdp, heads, hooks, nepa, optim, shards  # noqa: E402, F401
 
 stack.register_models()

@@ -14,6 +14,7 @@ from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 from mmengine.utils import digit_version
 
+from .fsdp import local, whole
 from .history import log_scalar
 
 HEADS = ('head', 'decode_head', 'auxiliary_head')
@@ -52,7 +53,7 @@ class BF16OptimWrapper(OptimWrapper):
                   if p.requires_grad and p.grad is not None]
         norm = self.clip_func(params, **self.clip_grad_kwargs) if params else None
         if norm is not None:
-            log_scalar(self.message_hub, f'train/{self.grad_name}', norm)
+            log_scalar(self.message_hub, f'train/{self.grad_name}', whole(norm))
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -290,5 +291,5 @@ class MultiTensorEMA(ExponentialMovingAverage):
     @staticmethod
     def _foreach(operation, pairs, *args):
         if pairs:
-            operation([average for average, _ in pairs],
-                      [value.to(average.device) for average, value in pairs], *args)
+            operation([local(average) for average, _ in pairs],
+                      [local(value).to(average.device) for average, value in pairs], *args)

@@ -280,10 +280,11 @@ def _prepare_cpu_group(cfg):
         os.environ.setdefault('MASTER_PORT', '29500')
         distributed.init_process_group('gloo')
         atexit.register(_leave_cpu_group)
-    wrapper = cfg.get('model_wrapper_cfg') or dict(
-        type='MMDistributedDataParallel', broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False))
-    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+    if cfg.get('runner_type') != 'FSDPRunner':      # which wraps nothing
+        wrapper = cfg.get('model_wrapper_cfg') or dict(
+            type='MMDistributedDataParallel', broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False))
+        cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
     notes = [f'No GPU: {distributed.get_world_size()} processes on the CPU, through gloo.']
     layers = [node for node in dicts(cfg.model) if node.get('type') == 'SyncBN']
     for node in layers:

@@ -96,6 +96,9 @@ def test_memory():
     parameters = sum(p.numel() for p in peers.build_nepa(BASES, arch='tiny').parameters())
     assert off['state GB'] == on['state GB'] == 20 * parameters / 1e9
     assert on['activations GB'] < off['activations GB']
+    shared = benchmark(['memory', '--arch', 'tiny', '--batch', '8', '--gpus', '4'])[0]
+    assert shared['state GB'] == off['state GB'] / 4
+    assert shared['activations GB'] == off['activations GB']
     twice = benchmark(['memory', '--arch', 'tiny', '--batch', '16'])[0]['activations GB']
     one = TINY['num_layers'] * 256 * TINY['embed_dims'] * 4 / 1e9
     assert 15 < (twice - off['activations GB']) / 8 / one < 30

@@ -12,7 +12,8 @@ from .conftest import REPO, TINY
 PRETRAIN = sorted((REPO / 'configs' / 'pretrain').glob('*.py'))
 PARAMETERS = {      # million; B and L as executed in the reference code
     'nepa_vit-b': 85.53, 'nepa_vit-l': 302.97, 'nepa_vit-b_swiglu': 113.88,
-    'nepa_vit-l_swiglu': 403.73, 'nepa_vit-s': 21.53, 'nepa_vit-s_imagenette': 21.60}
+    'nepa_vit-l_swiglu': 403.73, 'nepa_vit-g_fsdp': 1010.96, 'nepa_vit-s': 21.53,
+    'nepa_vit-s_imagenette': 21.60}
 
 
 def shrink(cfg, images, work_dir):

@@ -78,7 +78,8 @@ def parse_args(argv=None):
         '--batches', type=positive, nargs='+', default=[1, 16, 256],
         help='those to try; --batch is that of the other points')
     network(command('memory', memory, 'what a step keeps, with and without recomputation'),
-            'large', 256, 1)
+            'large', 256, 1).add_argument(
+        '--gpus', type=positive, default=1, help='that share the state, as FSDPRunner does')
     sub = command('train', train, 'the Runner against a bare loop')
     network(sub, 'tiny', 8, 3)
     sub.add_argument('--iterations', type=positive, default=30, help='per turn')
@@ -214,7 +215,8 @@ def scaling(args):
 def memory(args):
     """Bytes that a step needs: counted on small batches, and measured where there is a GPU.
 
-    Weights, gradients, AdamW's two states and the average take 20 bytes a parameter. What
+    Weights, gradients, AdamW's two states and the average take 20 bytes a parameter, of which each
+    of several --gpus has its part; what is gathered for a block at work is not counted. What
     autograd keeps is counted exactly; it is a constant and a multiple of the batch. While one
     block is recomputed its own activations are there, too. Short-lived tensors are not counted.
     """
@@ -233,21 +235,21 @@ def memory(args):
     rows = []
     for with_cp in (False, True):
         model = build(arch=arch, with_cp=with_cp)
-        state = 20 * sum(p.numel() for p in model.parameters())
+        state = 20 * sum(p.numel() for p in model.parameters()) / args.gpus
         constant, image = kept(model)
         activations = constant + args.batch * (image + with_cp * (two_blocks - one_block))
         steps, measured = measured_memory({'step': peers.build_step(
             lambda images, model=model: model.loss(images)['loss'], peers.our_update(BASES, model),
             torch.randn(args.batch, 3, 224, 224, device=get_device()), args.precision == 'bf16')})
-        if get_device() == 'cuda':
+        if get_device() == 'cuda' and args.gpus == 1:
             for _ in range(2):      # the second one has the optimizer's state
                 steps['step']()
         rows.append({'recomputation (with_cp)': 'on' if with_cp else 'off',
                      'state GB': state / 1e9, 'activations GB': activations / 1e9,
                      'sum GB': (state + activations) / 1e9,
-                     'GPU peak GB': measured.get('step', 'no GPU')})
+                     'GPU peak GB': measured.get('step', 'no GPU' if args.gpus == 1 else '-')})
     return report(args, environment(args, arch=args.arch, precision=args.precision,
-                                    batch=args.batch), rows)
+                                    batch=args.batch, gpus=args.gpus), rows)
 
 
 # The framework and the data

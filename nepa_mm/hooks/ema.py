@@ -6,6 +6,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner.checkpoint import weights_to_cpu
 from mmpretrain.engine.hooks import EMAHook
 
+from ..fsdp import is_sharded
+
 
 @HOOKS.register_module()
 class ModelEMAHook(EMAHook):
@@ -29,6 +31,10 @@ class ModelEMAHook(EMAHook):
             False.
         **kwargs: ``strict_load``, ``begin_iter`` and ``begin_epoch`` of the parent class,
             and the arguments of ``ema_type``, such as ``momentum``.
+
+    Raises:
+        ValueError: ``begin_iter``, ``begin_epoch``, ``update_buffers`` or ``device`` is set
+            in a sharded run, see :class:`nepa_mm.fsdp.FSDPRunner`.
     """
 
     ema_in_model = False
@@ -46,6 +52,13 @@ class ModelEMAHook(EMAHook):
         """Create the average, once per model, though every call to the Runner comes here."""
         self._place_ema(False)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if is_sharded(model):
+            # they go through state dicts, which are gathered copies of the slices, or move slices
+            odd = [name for name in ('update_buffers', 'device') if self.ema_cfg.get(name)]
+            odd += [name for name in ('begin_iter', 'begin_epoch') if getattr(self, name)]
+            if odd:
+                raise ValueError(f'With FSDPRunner {type(self).__name__} averages the slices from '
+                                 f'the first update on: leave out {", ".join(odd)}.')
         if getattr(self, 'src_model', None) is not model:
             super().before_run(runner)
 

@@ -8,6 +8,8 @@ from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
 
+from ..fsdp import whole
+
 WINDOW = 100
 
 
@@ -72,7 +74,7 @@ class NonFiniteGuardHook(Hook):
         seen, self.seen = self.seen, []
         grads = [p.grad for group in runner.optim_wrapper.param_groups for p in group['params']
                  if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(grads)).norm() if grads else torch.zeros(())
+        norm = whole(torch.stack(torch._foreach_norm(grads)).norm()) if grads else torch.zeros(())
         finite = torch.stack([norm.isfinite(), *(f for _, f in seen if f is not None)]).all()
         bad = (~finite).to(torch.int32)
         dist.all_reduce(bad, 'max')         # all stop or skip together

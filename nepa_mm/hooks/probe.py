@@ -10,6 +10,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
+from ..fsdp import is_sharded
 from ..knn import extract_features, knn_scores
 
 
@@ -101,7 +102,8 @@ class OnlineProbeHook(Hook):
         k (int): Neighbours that vote. Defaults to 20.
 
     Raises:
-        ValueError: ``interval`` is not positive, or the images have no labels.
+        ValueError: ``interval`` is not positive, the images have no labels, or the run is
+            sharded, see :class:`nepa_mm.fsdp.FSDPRunner`.
     """
 
     def __init__(self, bank_dataloader, query_dataloader, interval=10, feature='avg_featmap',
@@ -113,6 +115,9 @@ class OnlineProbeHook(Hook):
 
     def before_train(self, runner):
         """Build the data loaders, so that what is missing is missed at once."""
+        if is_sharded(runner.model):
+            raise ValueError(f'{type(self).__name__} reads whole weights, which no process of '
+                             'FSDPRunner has: leave it out and give checkpoints to tools/knn.py.')
         with kept_random_state():
             self.bank, self.queries = (
                 loader if not isinstance(loader, dict) else runner.build_dataloader(
