@@ -1,6 +1,7 @@
 """Other implementations of NEPA, and one training step of each, for tools/benchmark.py."""
 import copy
 import time
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -10,12 +11,21 @@ from mmengine.device import get_device
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from .backbone import NEPAViT
+from .convert_config import published_config
 from .convert_timm import to_timm
 from .layers import RotaryEmbedding, rotate
 from .nepa import next_embedding_loss
 from .optim import MultiTensorEMA
+
+
+def nepa_config(bases, **backbone):
+    """Config of our pretraining model, with changes of the backbone's."""
+    cfg = Config.fromfile(bases / 'models' / 'nepa_vit-b.py').model
+    cfg.backbone.update(backbone)
+    return cfg
 
 
 def build_nepa(bases, **backbone):
@@ -28,10 +38,8 @@ def build_nepa(bases, **backbone):
     Returns:
         NEPA: In training mode.
     """
-    cfg = Config.fromfile(bases / 'models' / 'nepa_vit-b.py').model
-    cfg.backbone.update(backbone)
     init_default_scope('mmpretrain')
-    return MODELS.build(cfg).to(get_device()).train()
+    return MODELS.build(nepa_config(bases, **backbone)).to(get_device()).train()
 
 
 class EagerBlock(nn.Module):
@@ -95,6 +103,25 @@ def timm_nepa(arch, state_dict):
     return eva, loss
 
 
+def published_nepa(model):
+    """`vit_nepa` with our model's config: Hugging Face's, or the authors' checkout on the path.
+
+    Args:
+        model (dict): Config of our model.
+
+    Returns:
+        nn.Module | None: Its outputs have the ``loss``. None where there is neither.
+    """
+    for name in ('transformers.models.vit_nepa', 'models.vit_nepa'):
+        try:
+            package = import_module(name)
+        except ImportError:
+            continue
+        config = package.ViTNepaConfig.from_dict(published_config(model))
+        return package.ViTNepaForPreTraining(config).to(get_device()).train()
+    return None
+
+
 def contestants(bases, arch, compile_blocks):
     """Name -> model and the function that gives its loss, our own model first.
 
@@ -112,6 +139,8 @@ def contestants(bases, arch, compile_blocks):
     eager = EagerNEPA(**dims).to(get_device())
     models['eager, unpacked'] = eager, eager
     models['timm Eva'] = timm_nepa(arch, models['nepa_mm'][0].state_dict())
+    if published := published_nepa(nepa_config(bases, arch=arch)):
+        models['vit_nepa'] = published, lambda images: published(pixel_values=images).loss
     if find_spec('stable_pretraining'):
         from stable_pretraining.methods.nepa import NEPA
         peer = NEPA(embed_dim=dims['embed_dims'], depth=dims['num_layers'],
@@ -146,6 +175,20 @@ def plain_update(model):
         for mean, value in zip(average.parameters(), model.parameters()):
             mean.lerp_(value, 1e-4)
     return update
+
+
+def attention_kernel(model, dtype):
+    """Which kernel torch takes for our attention here, such as 'flash_attention'.
+
+    Args:
+        model (NEPA): The model.
+        dtype (torch.dtype): Of queries, keys and values.
+    """
+    heads = model.backbone.layers[0].attn.num_heads
+    q = torch.empty(1, heads, 256, model.backbone.embed_dims // heads, dtype=dtype,
+                    device=get_device(), requires_grad=True)
+    choice = torch._fused_sdp_choice(q, q, q, is_causal=model.backbone.causal)
+    return SDPBackend(choice).name.lower()
 
 
 def synchronize():

@@ -1,11 +1,14 @@
 """tools/benchmark.py: everybody computes the same loss, and the tables mean what they say."""
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from nepa_mm import peers
 from nepa_mm.backbone import NEPAViT
+from nepa_mm.hooks.throughput import peak_flops
 
 from .conftest import REPO, TINY, smooth_images
 from .tiny_runs import load_tool
@@ -52,6 +55,28 @@ def test_peers_compute_our_loss():
         torch.testing.assert_close(timm_loss(images), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['transformers.models.vit_nepa', 'models.vit_nepa'])
+def test_vit_nepa_takes_part_where_it_can_be_imported(monkeypatch, name):
+    """Hugging Face's or the authors'; a stand-in with the names and the call of both."""
+    class Config(dict):
+        from_dict = classmethod(lambda cls, fields: cls(fields))
+
+    class Model(torch.nn.Linear):
+        def __init__(self, config):
+            assert config['qk_norm'] and config['is_causal'] and config['patch_size'] == 14
+            super().__init__(config['hidden_size'], 1)
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(loss=self.weight.sum() * pixel_values.mean())
+
+    for part in (name.rpartition('.')[0], name):
+        monkeypatch.setitem(sys.modules, part, ModuleType(part))
+    vars(sys.modules[name]).update(ViTNepaConfig=Config, ViTNepaForPreTraining=Model)
+    model, loss = peers.contestants(BASES, 'tiny', False)['vit_nepa']
+    assert model.in_features == TINY['embed_dims']
+    torch.testing.assert_close(loss(torch.ones(2, 3, 28, 28)), model.weight.sum())
+
+
 @pytest.mark.parametrize('ours', [True, False])
 def test_an_update_moves_weights_and_average(ours):
     model = peers.build_nepa(BASES, arch='tiny')
@@ -73,9 +98,14 @@ def test_step(tmp_path, capsys):
         assert row['speed to ours'] == pytest.approx(row['images/s'] / rows[0]['images/s'])
         assert 0 < row['MFU %'] < 100
     saved = json.loads((tmp_path / 'step.json').read_text())
+    assert saved['attention'] == 'flash_attention'      # no mask tensor, nothing written out
     assert saved['rows'] == rows and saved['torch'] == torch.__version__
     assert (saved['precision'], saved['batch'], saved['repeats']) == ('bf16', 2, 1)
-    table = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr()
+    bf16, fp32 = (peak_flops(dtype, 'cpu') for dtype in (torch.bfloat16, torch.float32))
+    if not 0.5 < bf16 / fp32 < 2:
+        assert ('slower than in fp32 on this CPU' in output.err) == (bf16 < fp32)
+    table = output.out.splitlines()
     assert len(table) == 2 + len(rows) and len({len(line) for line in table[1:]}) == 1
 
 

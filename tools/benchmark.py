@@ -14,13 +14,15 @@ a large matrix product measured between the turns. Everybody is charged the same
 
 `step` compares with an eager network in the manner of the released code (nothing packed, class
 token split off before the rotation, all 257 tokens, AdamW and EMA tensor by tensor), with timm's
-Eva configured as NEPA, and with stable-pretraining's NEPA where it is installed.
+Eva configured as NEPA, and, where they are installed, with stable-pretraining's NEPA and Hugging
+Face's `vit_nepa`, for which the authors' checkout on PYTHONPATH does as well.
 """
 import argparse
 import json
 import os
 import resource
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -117,6 +119,15 @@ def take_turns(contestants, repeats, dtype, warmup=2):
     return durations, peak
 
 
+def warn_of_slow_bf16():
+    """Say that a CPU has no instructions for products in bf16, which make it useless there."""
+    bf16, fp32 = (peak_flops(dtype, 'cpu', repeats=2) for dtype in (torch.bfloat16, torch.float32))
+    if bf16 < fp32:
+        print(f'Products in bf16 are {fp32 / bf16:.3g} times slower than in fp32 on this CPU '
+              f'({bf16 / 1e9:.3g} and {fp32 / 1e9:.3g} GFLOP/s), for all that follows.',
+              file=sys.stderr)
+
+
 def environment(args, **more):
     gpu = get_device() == 'cuda'
     return dict(command=args.command, device=torch.cuda.get_device_name() if gpu else 'CPU',
@@ -181,6 +192,7 @@ def step(args):
                      'GPU peak GB': memory.get(name, 'no GPU')})
     return report(args, environment(
         args, arch=args.arch, precision=args.precision, batch=args.batch, repeats=args.repeats,
+        attention=peers.attention_kernel(models['nepa_mm'][0], DTYPES[args.precision]),
         matmul_tflops=round(peak / 1e12, 4), process_peak_gb=round(resource.getrusage(
             resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)), rows)
 
@@ -345,6 +357,8 @@ def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the rows."""
     args = parse_args(argv)
     MMLogger.get_instance('benchmark', log_level='ERROR')
+    if getattr(args, 'precision', None) == 'bf16' and get_device() == 'cpu':
+        warn_of_slow_bf16()
     with runtime.one_sentence_errors():
         return args.run(args)
 
