@@ -2,6 +2,7 @@
 import tempfile
 import time
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -153,14 +154,23 @@ class Pipeline(Dataset):
 
 
 def loading(files, steps, workers):
-    """A function that loads all images and returns the seconds that it took."""
+    """A function that loads all images and returns the seconds that it took.
+
+    Without workers, this process does it on one thread, as a worker would.
+    """
     data = Pipeline(files, steps)
     batches = DataLoader(data, min(64, len(data)), num_workers=workers,
                          persistent_workers=workers > 0)
 
     def run():
+        threads = torch.get_num_threads(), cv2.getNumThreads()
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
         start = time.perf_counter()
         for _ in batches:
             pass
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
+        return seconds
     return run
