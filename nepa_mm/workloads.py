@@ -10,7 +10,7 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, FUNCTIONS
 from mmengine.runner import Runner
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -150,17 +150,17 @@ class Pipeline(Dataset):
         return len(self.files)
 
     def __getitem__(self, index):
-        return self.pipeline(dict(img_path=str(self.files[index])))['inputs']
+        return self.pipeline(dict(img_path=str(self.files[index])))
 
 
-def loading(files, steps, workers):
+def loading(files, steps, workers, collate_fn='default_collate'):
     """A function that loads all images and returns the seconds that it took.
 
     Without workers, this process does it on one thread, as a worker would.
     """
     data = Pipeline(files, steps)
     batches = DataLoader(data, min(64, len(data)), num_workers=workers,
-                         persistent_workers=workers > 0)
+                         collate_fn=FUNCTIONS.get(collate_fn), persistent_workers=workers > 0)
 
     def run():
         threads = torch.get_num_threads(), cv2.getNumThreads()
