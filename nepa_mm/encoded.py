@@ -46,16 +46,16 @@ class PackEncodedCrop(LoadRandomResizedCrop):
     Draws crop and flip as these do, from the size in the file's header, and packs the bytes.
     What is no plain JPEG (PNG, CMYK, turned by EXIF, torn) is decoded, cropped and flipped here,
     so that a torn file is replaced by the UnreadableImageHook as ever. Needs
-    ``collate_fn=dict(type='encoded_collate')`` and the NEPADataPreprocessor.
+    ``collate_fn=dict(type='encoded_collate')``, the NEPADataPreprocessor and torchvision 0.19.
 
     Args:
         scale (int | Sequence[int]): Side, or height and width, of the result.
         flip_prob (float): Probability of a horizontal flip. Defaults to 0.5.
         **kwargs: ``interpolation``, ``crop_ratio_range`` and others of LoadRandomResizedCrop.
 
-    Returns ``inputs``, uint8: bytes (n,), or pixels (3, height, width), BGR; and ``data_samples``
-    with ``img_shape``, ``flip``, and for bytes ``crop`` (top, left, height, width) and
-    ``interpolation``.
+    Returns ``inputs``, the file as bytes or pixels (3, height, width), uint8, BGR; and
+    ``data_samples`` with ``img_shape``, ``flip``, and for a file ``crop`` (top, left, height,
+    width) and ``interpolation``.
 
     Raises:
         ValueError: ``flip_prob`` is not between 0 and 1.
@@ -77,14 +77,15 @@ class PackEncodedCrop(LoadRandomResizedCrop):
         opened = open_image(content, path)
         encoded = is_plain_jpeg(opened, content)
         if encoded:
-            height, width = results['ori_shape'] = opened.size[::-1]
-            results['crop'] = self.rand_crop_params(np.broadcast_to(0, (height, width)))
-            results['img'] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            results['ori_shape'] = opened.size[::-1]
+            results['crop'] = self.rand_crop_params(np.broadcast_to(0, results['ori_shape']))
             results['img_shape'], results['interpolation'] = tuple(self.scale), self.interpolation
         else:
             results = super().transform(results)
         results['flip'] = bool(np.random.random_sample() < self.flip_prob)     # as RandomFlip
-        if results['flip'] and not encoded:
+        if encoded:
+            return dict(self.pack(results), inputs=content)
+        if results['flip']:
             results['img'] = mmcv.imflip(results['img'])
         return self.pack(results)
 
@@ -94,14 +95,16 @@ def encoded_collate(samples):
     """A batch of :class:`PackEncodedCrop`.
 
     Returns:
-        dict: ``inputs``, all bytes in one tensor, for a tensor each would be an open file each;
-        ``data_samples``, a list, with ``num_bytes``.
+        dict: ``inputs``, all bytes in one tensor (n,), uint8, for each tensor that a worker
+        sends is an open file; ``data_samples``, a list, with ``num_bytes``.
     """
-    inputs = [sample['inputs'].flatten() for sample in samples]
+    parts = [one if isinstance(one, bytes) else one.numpy().tobytes()
+             for one in (sample['inputs'] for sample in samples)]
     data_samples = [sample['data_samples'] for sample in samples]
-    for sample, one in zip(data_samples, inputs):
-        sample.set_metainfo(dict(num_bytes=len(one)))
-    return dict(inputs=torch.cat(inputs), data_samples=data_samples)
+    for sample, part in zip(data_samples, parts):
+        sample.set_metainfo(dict(num_bytes=len(part)))
+    inputs = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
+    return dict(inputs=inputs, data_samples=data_samples)
 
 
 def batch_shape(data_batch):
@@ -117,7 +120,7 @@ def decode_crops(inputs, data_samples, device):
     """The pixels of a batch of :func:`encoded_collate`.
 
     Args:
-        inputs (Tensor): All bytes, on the CPU.
+        inputs (Tensor): All bytes (n,), uint8, on the CPU.
         data_samples (list[DataSample]): What belongs to them.
         device (torch.device | str): Where to decode, crop, resize and flip: nvJPEG on CUDA,
             libjpeg elsewhere.
@@ -126,9 +129,13 @@ def decode_crops(inputs, data_samples, device):
         Tensor: (B, 3, height, width), uint8, BGR.
 
     Raises:
+        ValueError: It is a batch of another function.
         UnreadableImageError: A file can be decoded neither there nor by Pillow.
         RuntimeError: None of them can be decoded there.
     """
+    if not isinstance(inputs, torch.Tensor):
+        raise ValueError("PackEncodedCrop needs collate_fn=dict(type='encoded_collate') in its "
+                         'data loader.')
     parts = inputs.split([sample.num_bytes for sample in data_samples])
     jpegs = [(part, sample) for part, sample in zip(parts, data_samples) if 'crop' in sample]
     decoded = iter(decode_jpegs(*zip(*jpegs), device) if jpegs else ())

@@ -192,7 +192,7 @@ class NEPADataPreprocessor(SelfSupDataPreprocessor):
     def forward(self, data, training=False):
         """Images (B, C, height, width) of ``data['inputs']`` to normalised fp32."""
         images = data['inputs']
-        if images.dim() == 1:               # JPEGs, one behind the other
+        if not isinstance(images, torch.Tensor) or images.dim() == 1:   # JPEGs
             images = decode_crops(images, data['data_samples'], self.device)
         images = self.cast_data(images)
         if self._channel_conversion:
