@@ -1,5 +1,6 @@
 """Data beyond mmpretrain's: scikit-learn's digits, fast reading of JPEGs, smaller JPEGs."""
 import io
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from .reading import open_image, to_bgr
+from .reading import jpeg_size, open_image, read_bytes, to_bgr
 
 SPLITS = ('train', 'test')
 NUM_TRAIN = 1297
@@ -132,7 +133,7 @@ def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
 
 @TRANSFORMS.register_module()
 class LoadRandomResizedCrop(RandomResizedCrop):
-    """LoadWholeImage and RandomResizedCrop in one, at about twice the speed.
+    """LoadWholeImage and RandomResizedCrop in one, at about 1.7 times the speed.
 
     torchvision decodes and resizes, with antialiasing, without a copy in between. The same
     random draws give the same crops as ``RandomResizedCrop(backend='pillow')``, and pixels
@@ -169,23 +170,28 @@ class LoadRandomResizedCrop(RandomResizedCrop):
     def transform(self, results):
         """Load, crop and resize ``results['img_path']``."""
         path = results['img_path']
-        content, opened = open_image(path)
-        image = self._decode(content) if opened.format == 'JPEG' else None
+        content = read_bytes(path)
+        image = self._decode(content)
         if image is None:
-            results['img'] = to_bgr(opened, path)
+            results['img'] = to_bgr(open_image(content, path), path)
             results['img_shape'] = results['ori_shape'] = results['img'].shape[:2]
             return super().transform(results)
         results['ori_shape'] = tuple(image.shape[1:])
         top, left, height, width = self.rand_crop_params(image.permute(1, 2, 0))
-        image = F.resized_crop(image, top, left, height, width, list(self.scale),
-                               F.InterpolationMode(self.interpolation), antialias=True)
-        results['img'] = image.flip(0).permute(1, 2, 0).numpy()
+        # packed pixels, three bytes each, are resized and handed on without a copy per channel
+        crop = image.permute(1, 2, 0)[top:top + height, left:left + width].contiguous()
+        image = F.resize(crop.permute(2, 0, 1), list(self.scale),
+                         F.InterpolationMode(self.interpolation), antialias=True)
+        results['img'] = image.permute(1, 2, 0).numpy()[..., ::-1]
         results['img_shape'] = results['img'].shape[:2]
         return results
 
     @staticmethod
     def _decode(content):
         """The pixels of a JPEG (3, height, width), None if Pillow had better see it."""
+        size = jpeg_size(content)
+        if size is None or math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+            return None
         try:
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8),
                                mode=ImageReadMode.RGB, apply_exif_orientation=True)

@@ -26,6 +26,8 @@ from mmpretrain.models.selfsup.base import BaseSelfSupervisor
 from mmpretrain.models.utils.data_preprocessor import SelfSupDataPreprocessor
 from torch import nn
 
+from .encoded import decode_crops
+
 
 def next_embedding_loss(prediction, target):
     """Minus the mean cosine between predictions and targets, in fp32.
@@ -177,7 +179,8 @@ class NEPADataPreprocessor(SelfSupDataPreprocessor):
     """mmpretrain's SelfSupDataPreprocessor, bit for bit, without a wait for the device.
 
     A batch of one view travels as uint8, from pinned memory without blocking, and is
-    normalised there in place. Labels stay where they are: pretraining reads none.
+    normalised there in place. Labels stay where they are: pretraining reads none. A batch of
+    ``encoded_collate`` travels as JPEGs and becomes pixels on the device.
 
     Args:
         **kwargs: ``mean``, ``std`` and ``to_rgb`` of the parent class.
@@ -188,7 +191,10 @@ class NEPADataPreprocessor(SelfSupDataPreprocessor):
 
     def forward(self, data, training=False):
         """Images (B, C, height, width) of ``data['inputs']`` to normalised fp32."""
-        images = self.cast_data(data['inputs'])
+        images = data['inputs']
+        if not isinstance(images, torch.Tensor) or images.dim() == 1:   # JPEGs
+            images = decode_crops(images, data['data_samples'], self.device)
+        images = self.cast_data(images)
         if self._channel_conversion:
             images = images.flip(1)         # a list of indices would be copied, with a wait
         images = images.to(torch.float32, copy=True)

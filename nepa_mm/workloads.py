@@ -2,6 +2,7 @@
 import tempfile
 import time
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -9,7 +10,7 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, FUNCTIONS
 from mmengine.runner import Runner
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -149,18 +150,27 @@ class Pipeline(Dataset):
         return len(self.files)
 
     def __getitem__(self, index):
-        return self.pipeline(dict(img_path=str(self.files[index])))['inputs']
+        return self.pipeline(dict(img_path=str(self.files[index])))
 
 
-def loading(files, steps, workers):
-    """A function that loads all images and returns the seconds that it took."""
+def loading(files, steps, workers, collate_fn='default_collate'):
+    """A function that loads all images and returns the seconds that it took.
+
+    Without workers, this process does it on one thread, as a worker would.
+    """
     data = Pipeline(files, steps)
     batches = DataLoader(data, min(64, len(data)), num_workers=workers,
-                         persistent_workers=workers > 0)
+                         collate_fn=FUNCTIONS.get(collate_fn), persistent_workers=workers > 0)
 
     def run():
+        threads = torch.get_num_threads(), cv2.getNumThreads()
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
         start = time.perf_counter()
         for _ in batches:
             pass
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
+        return seconds
     return run

@@ -7,7 +7,7 @@ import pytest
 from mmengine.dataset import Compose
 from PIL import Image
 
-from nepa_mm import datasets
+from nepa_mm import datasets, reading
 
 from .tiny_runs import load_tool, run_script
 
@@ -68,6 +68,28 @@ def test_fast_crops_are_antialiased(tmp_path):
     aliased = np.stack([aliased(dict(img_path=str(tmp_path / 'image.jpg')))['inputs'].numpy()
                         for _ in range(12)]).astype(int)
     assert abs(aliased - pillow).mean() > 5 > 100 * abs(fast - pillow).mean()
+
+
+@pytest.mark.parametrize('options', [
+    {}, dict(progressive=True), dict(exif=b'Exif\0\0' + 500 * b'e'),
+    dict(icc_profile=70_000 * b'p')])
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_size_of_a_jpeg(tmp_path, mode, options):
+    photo((37, 21)).convert(mode).save(tmp_path / 'image.jpg', **options)
+    content = (tmp_path / 'image.jpg').read_bytes()
+    assert reading.jpeg_size(content) == (21, 37)
+    frame = content.index(b'\0\x15\0\x25')
+    assert not any(reading.jpeg_size(content[:end]) for end in (0, 2, 3, 20, frame + 3))
+    photo((37, 21)).save(tmp_path / 'image.png')
+    assert reading.jpeg_size((tmp_path / 'image.png').read_bytes()) is None
+
+
+def test_pillow_sees_no_plain_jpeg(tmp_path, monkeypatch):
+    """Its decoder would be correct, and slow without a word."""
+    monkeypatch.setattr(datasets, 'open_image', None)
+    for mode in ('RGB', 'L'):
+        photo((100, 75)).convert(mode).save(tmp_path / 'image.jpg')
+        draw(tmp_path / 'image.jpg', 'bilinear', True)
 
 
 def test_bad_interpolation():

@@ -292,9 +292,13 @@ def loader(args):
     """Images per second of one process and of all together."""
     init_default_scope('mmpretrain')
     pillow = Config.fromfile(BASES / 'datasets' / 'imagenet_pretrain.py').train_pipeline
-    pipelines = {'Pillow': pillow,
-                 'LoadRandomResizedCrop': [
-                     dict(type='LoadRandomResizedCrop', scale=pillow[1].scale), *pillow[2:]]}
+    scale = pillow[1].scale
+    pipelines = {'Pillow': (pillow, 'default_collate'),
+                 'LoadRandomResizedCrop': ([dict(type='LoadRandomResizedCrop', scale=scale),
+                                            *pillow[2:]], 'default_collate'),
+                 # what is left to a worker where the GPU decodes
+                 'PackEncodedCrop': ([dict(type='PackEncodedCrop', scale=scale)],
+                                     'encoded_collate')}
     with tempfile.TemporaryDirectory() as folder:
         original, small = Path(folder, 'original'), Path(folder, 'short side 256')
         workloads.make_jpegs(original, args.images)
@@ -302,8 +306,8 @@ def loader(args):
             resize_image(path, small / path.name, 256)
         durations, _ = take_turns({
             (name, source.name, workers): workloads.loading(
-                sorted(source.iterdir()), steps, workers)
-            for source in (original, small) for name, steps in pipelines.items()
+                sorted(source.iterdir()), steps, workers, collate)
+            for source in (original, small) for name, (steps, collate) in pipelines.items()
             for workers in (0, args.workers)}, args.repeats, torch.float32, warmup=1)
     rate = {key: args.images / statistics.median(times) for key, times in durations.items()}
     first = next(iter(rate.values()))

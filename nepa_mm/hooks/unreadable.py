@@ -76,9 +76,10 @@ class UnreadableImageHook(Hook):
     of a class than it seems is wrong silently. Where no label is read, as in pretraining, or
     where it may be so, image and label both become those of the replacement.
 
-    Works on data sets of mmengine, with pipelines that load by LoadWholeImage or
-    LoadRandomResizedCrop and end with data samples. Validation and test data are left alone,
-    and iteration-based loops, whose workers start before any hook: there it is an error.
+    Works on data sets of mmengine, with pipelines that load by LoadWholeImage,
+    LoadRandomResizedCrop or PackEncodedCrop and end with data samples. Validation and test data
+    are left alone, and iteration-based loops, whose workers start before any hook: there it is
+    an error. So it is where the device finds damage that PackEncodedCrop could not see.
 
     Args:
         replace_labelled (bool): Whether samples with ``gt_label`` are replaced, too. Defaults

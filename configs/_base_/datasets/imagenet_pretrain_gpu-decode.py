@@ -1,0 +1,18 @@
+"""imagenet_pretrain.py with JPEGs decoded, cropped and resized on the GPU: same crops and flips.
+
+Takes its place in the ``_base_`` of a pretraining config. Pixels are nvJPEG's and may differ from
+Pillow's. Not run on a GPU yet; without one, the CPU decodes in the main process.
+"""
+_base_ = ['imagenet_pretrain.py']
+
+train_pipeline = [
+    dict(
+        type='PackEncodedCrop',
+        scale=224,
+        crop_ratio_range=(0.08, 1.0),
+        interpolation='bilinear',
+        flip_prob=0.5),
+]
+
+train_dataloader = dict(
+    collate_fn=dict(type='encoded_collate'), dataset=dict(pipeline=train_pipeline))
