@@ -11,10 +11,9 @@ from mmengine.registry import DATASETS, TRANSFORMS
 from mmpretrain.datasets.base_dataset import BaseDataset
 from mmpretrain.datasets.transforms import RandomResizedCrop
 from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from .reading import jpeg_size, open_image, read_bytes, to_bgr
+from .reading import decode_jpeg, jpeg_size, open_image, read_bytes, to_bgr
 
 SPLITS = ('train', 'test')
 NUM_TRAIN = 1297
@@ -194,7 +193,7 @@ class LoadRandomResizedCrop(RandomResizedCrop):
             return None
         try:
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8),
-                               mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                               apply_exif_orientation=True)
         except RuntimeError:
             return None
 

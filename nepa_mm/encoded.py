@@ -14,11 +14,10 @@ import torch
 from mmengine.logging import print_log
 from mmengine.registry import FUNCTIONS, TRANSFORMS
 from mmpretrain.datasets.transforms import PackInputs
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from .datasets import LoadRandomResizedCrop
-from .reading import open_image, read_bytes, to_bgr
+from .reading import decode_jpeg, open_image, read_bytes, to_bgr
 
 ORIENTATION = 0x0112    # EXIF: 1 is upright
 
@@ -154,14 +153,14 @@ def decode_crops(inputs, data_samples, device):
 def decode_jpegs(contents, data_samples, device):
     """[(3, height, width)], uint8, RGB, of files that the device refuses by Pillow."""
     try:
-        return decode_jpeg(list(contents), mode=ImageReadMode.RGB, device=device)
+        return decode_jpeg(list(contents), device=device)
     except RuntimeError:        # does not say of which file
         pass
     images, reasons = [], {}
     for content, sample in zip(contents, data_samples):
         path = sample.img_path
         try:
-            images.append(decode_jpeg(content, mode=ImageReadMode.RGB, device=device))
+            images.append(decode_jpeg(content, device=device))
         except RuntimeError as error:
             reasons[path] = str(error).split('\n')[0]
             bgr = to_bgr(open_image(content.numpy().tobytes(), path), path)

@@ -51,6 +51,22 @@ def jpeg_size(content):
     return None
 
 
+def decode_jpeg(content, **options):
+    """torchvision's decoder, to RGB: (3, height, width), uint8, of one JPEG or of a list.
+
+    Imported by those who call it alone: torchvision 0.29 announced that it will go some day.
+
+    Args:
+        content (Tensor | list[Tensor]): Bytes (n,), uint8, on the CPU.
+        **options: ``device`` and ``apply_exif_orientation``.
+
+    Raises:
+        RuntimeError: It cannot be decoded.
+    """
+    from torchvision import io as torchvision_io
+    return torchvision_io.decode_jpeg(content, mode=torchvision_io.ImageReadMode.RGB, **options)
+
+
 def to_bgr(image, path):
     """The pixels of an opened image, upright: (height, width, 3), uint8, BGR.
 
