@@ -46,11 +46,17 @@ class BF16OptimWrapper(OptimWrapper):
         with super().optim_context(model), autocast(dtype=torch.bfloat16, enabled=self.bf16):
             yield
 
+    @property
+    def keeps_norm(self):
+        """Whether clipping leaves the norm before it in ``grad_norm``, on its device."""
+        return bool(self.clip_grad_kwargs) and self.grad_name == 'grad_norm'
+
     def _clip_grad(self):
         """Clip as the parent class does, but leave the norm on its device until it is printed."""
         params = [p for group in self.optimizer.param_groups for p in group['params']
                   if p.requires_grad and p.grad is not None]
         norm = self.clip_func(params, **self.clip_grad_kwargs) if params else None
+        self.grad_norm = norm if params else torch.zeros(())
         if norm is not None:
             log_scalar(self.message_hub, f'train/{self.grad_name}', norm)
 
