@@ -144,7 +144,7 @@ class NonFiniteGuardHook(Hook):
             return True
         (iteration, batches, values, event), self.pending = self.pending, None
         if event is not None:
-            event.synchronize()
+            event.synchronize()     # long past, but before a checkpoint or the like
         bad, norm, *losses = values.tolist()
         if not bad:
             self._watch(runner, iteration, norm)
