@@ -29,6 +29,12 @@ class DeferredHistory(HistoryBuffer):
         if len(self.new) >= self.max_length:
             self._read()
 
+    def current(self):
+        """The latest value; mmengine's timer asks for one in every iteration."""
+        if self.new and not torch.is_tensor(self.new[-1][0]):
+            return self.new[-1][0]
+        return super().current()
+
     def _read(self):
         if not self.new:
             return

@@ -47,13 +47,19 @@ class BF16OptimWrapper(OptimWrapper):
         with super().optim_context(model), autocast(dtype=torch.bfloat16, enabled=self.bf16):
             yield
 
+    @property
+    def keeps_norm(self):
+        """Whether clipping leaves the norm before it in ``grad_norm``, on its device."""
+        return bool(self.clip_grad_kwargs) and self.grad_name == 'grad_norm'
+
     def _clip_grad(self):
         """Clip as the parent class does, but leave the norm on its device until it is printed."""
         params = [p for group in self.optimizer.param_groups for p in group['params']
                   if p.requires_grad and p.grad is not None]
-        norm = self.clip_func(params, **self.clip_grad_kwargs) if params else None
+        norm = whole(self.clip_func(params, **self.clip_grad_kwargs)) if params else None
+        self.grad_norm = norm if params else torch.zeros(())    # for NonFiniteGuardHook
         if norm is not None:
-            log_scalar(self.message_hub, f'train/{self.grad_name}', whole(norm))
+            log_scalar(self.message_hub, f'train/{self.grad_name}', norm)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -96,6 +102,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                              f'got {unknown}.')
         settings.update(paramwise_cfg or {})
         super().__init__(optim_wrapper_cfg, settings)
+        # a ConfigDict would make its like of every group, which torch reads for every parameter
+        self.optimizer_cfg = dict(self.optimizer_cfg)
         if get_device() == 'cpu' and digit_version(torch.__version__) < digit_version('2.4'):
             self.optimizer_cfg.pop('fused', None)
         if self.base_lr is None or self.base_wd is None:
@@ -273,19 +281,31 @@ class MultiTensorEMA(ExponentialMovingAverage):
         super().__init__(model, momentum, interval, device, update_buffers)
         # read in every update: on a GPU that would stop the host until the queue is empty
         self.steps = self.steps.cpu()
+        self.places = None      # where everything is: to walk through the models takes longer
+
+    def __getstate__(self):
+        """For copies and pickles, which must not follow a copy of the model."""
+        return dict(vars(self), places=None)
 
     @torch.no_grad()
     def update_parameters(self, model):
         """Take the current weights of ``model`` into the average."""
-        source = model.state_dict() if self.update_buffers else dict(model.named_parameters())
-        pairs = [(average, source[name]) for name, average in self.avg_parameters.items()]
-        if self.steps == 0:
+        if self.places is None or self.places[0] is not model:
+            self.places = (model, [_place(model, name) for name in self.avg_parameters],
+                           [(_place(self.module, name), _place(model, name))
+                            for name, _ in self.module.named_buffers()])
+        _, sources, buffers = self.places
+        pairs = [(average, tensors[key])
+                 for average, (tensors, key) in zip(self.avg_parameters.values(), sources)]
+        steps = int(self.steps)
+        if steps == 0:
             self._foreach(torch._foreach_copy_, pairs)
-        elif self.steps % self.interval == 0:
+        elif steps % self.interval == 0:
             self._foreach(torch._foreach_lerp_,
                           [pair for pair in pairs if pair[0].is_floating_point()], self.momentum)
         if not self.update_buffers:
-            self._foreach(torch._foreach_copy_, list(zip(self.module.buffers(), model.buffers())))
+            self._foreach(torch._foreach_copy_, [
+                (averages[key], values[key]) for (averages, key), (values, _) in buffers])
         self.steps += 1
 
     @staticmethod
@@ -293,3 +313,10 @@ class MultiTensorEMA(ExponentialMovingAverage):
         if pairs:
             operation([local(average) for average, _ in pairs],
                       [local(value).to(average.device) for average, value in pairs], *args)
+
+
+def _place(model, name):
+    """The dict of a module of ``model`` that holds a parameter or buffer, and its key there."""
+    owner, _, key = name.rpartition('.')
+    module = model.get_submodule(owner)
+    return (module._parameters if key in module._parameters else module._buffers), key

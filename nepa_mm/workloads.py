@@ -6,12 +6,14 @@ import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose
+from mmengine.dataset import Compose, default_collate
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, FUNCTIONS
 from mmengine.runner import Runner
+from mmpretrain.structures import DataSample
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,99 +30,134 @@ class NoiseImages(Dataset):
 
     def __init__(self, num):
         self.images = torch.randint(256, (4, 3, 224, 224), dtype=torch.uint8)
+        self.sample = DataSample(metainfo=dict(img_path='noise.jpg', img_shape=(224, 224)))
         self.num = num
 
     def __len__(self):
         return self.num
 
     def __getitem__(self, index):
-        return dict(inputs=self.images[index % 4], data_samples=0)
+        return dict(inputs=self.images[index % 4], data_samples=self.sample)
 
 
-class Clock(Hook):
-    """When every iteration began; before the first one, make the log as long as asked."""
+class TakeTurns(Hook):
+    """Let a bare loop do an iteration after each one of the Runner, and time both.
 
-    priority = 'HIGHEST'
+    The Runner's clock stands still meanwhile; it runs from the end of the bare iteration over
+    the wait for data and all hooks to the end of its own. Each clock waits for the GPU, which
+    hides less of what the host does than in a real run, on both sides.
 
-    def __init__(self, history):
-        self.starts, self.history = [], history
+    Args:
+        bare (callable): An iteration of the bare loop.
+        late (int): Iterations that seem to lie behind, rounded down to whole epochs.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, bare, late):
+        self.bare, self.late, self.pairs = bare, late, []
 
     def before_train(self, runner):
         """Pretend that there were iterations before."""
-        names = ('lr', 'base_lr', 'time', 'data_time', 'loss', 'grad_norm') if self.history else ()
+        loop = runner.train_loop
+        loop._epoch = self.late // len(loop.dataloader)
+        loop._iter = loop._epoch * len(loop.dataloader)
+        names = ('lr', 'base_lr', 'time', 'data_time', 'loss', 'grad_norm') if self.late else ()
         for name in names:
             runner.message_hub.log_scalars[f'train/{name}'] = HistoryBuffer(
-                np.ones(self.history), np.ones(self.history))
+                np.ones(loop._iter), np.ones(loop._iter))
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        """Read the clock."""
+    def before_train_epoch(self, runner):
+        """Start the Runner's clock."""
+        self.start = time.perf_counter()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """Stop it for an iteration of the bare loop."""
         peers.synchronize()
-        self.starts.append(time.perf_counter())
+        middle = time.perf_counter()
+        self.bare()
+        peers.synchronize()
+        end = time.perf_counter()
+        self.pairs.append((middle - self.start, end - middle))
+        self.start = time.perf_counter()
 
 
 class Training:
-    """Two epochs of pretraining on noise, the first of which warms up.
+    """An epoch of pretraining on noise by the Runner and by a bare loop, in turns.
+
+    The Runner has all hooks of the config but does not save.
 
     Args:
         configs (Path): Folder ``configs``.
         network (dict): Changes of the backbone's config.
         batch (int): Images per iteration.
-        iterations (int): Per epoch.
+        iterations (int): Those that count, after ``WARMUP``.
         bf16 (bool): Whether to autocast.
     """
 
+    WARMUP = 10
+
     def __init__(self, configs, network, batch, iterations, bf16):
         self.bases, self.network, self.bf16 = configs / '_base_', network, bf16
-        self.batch, self.iterations = batch, iterations
+        self.batch, self.iterations = batch, self.WARMUP + iterations
         cfg = Config.fromfile(configs / 'pretrain' / 'nepa_vit-b.py')
         cfg.model.backbone.update(network)
         cfg.optim_wrapper.update(accumulative_counts=1, bf16_on_cpu=bf16)
         cfg.train_dataloader = dict(
             batch_size=batch, num_workers=0, collate_fn=dict(type='default_collate'),
             sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=dict(type='NoiseImages', num=batch * iterations))
-        cfg.train_cfg.max_epochs = cfg.param_scheduler.end = 2
-        cfg.param_scheduler.warmup = 1
-        cfg.custom_hooks = cfg.custom_hooks[:1]     # EMA; the monitors work every 100th time
-        cfg.default_hooks.checkpoint = None
+            dataset=dict(type='NoiseImages', num=batch * self.iterations))
+        cfg.param_scheduler.warmup = 0
+        cfg.default_hooks.checkpoint.update(interval=-1, save_last=False)
+        for hook in cfg.custom_hooks:
+            if hook.type == 'ThroughputHook':
+                hook.peak_tflops = 1.       # measures nothing
         cfg.resume, cfg.log_level = False, 'ERROR'
         self.cfg = cfg
 
-    def _durations(self, starts):
-        return np.diff(starts[self.iterations:]).tolist()
-
-    def runner(self, history=0, runtime_info='DeferredRuntimeInfoHook'):
-        """Seconds of each iteration of the Runner.
+    def pairs(self, late=0, runtime_info='DeferredRuntimeInfoHook'):
+        """Seconds of an iteration of the Runner and of the next one of the bare loop.
 
         Args:
-            history (int): How many iterations seem to lie behind. Defaults to 0.
+            late (int): How many iterations seem to lie behind. Defaults to 0.
             runtime_info (str): Hook that logs. Defaults to our configs'.
+
+        Returns:
+            list[tuple[float, float]]: One per iteration.
         """
-        cfg, clock = Config(self.cfg.to_dict()), Clock(history)
+        cfg = Config(self.cfg.to_dict())
         cfg.experiment_name = f'benchmark_{time.perf_counter_ns()}'
         cfg.default_hooks.runtime_info.type = runtime_info
+        cfg.train_cfg.max_epochs = cfg.param_scheduler.end = late // self.iterations + 1
+        turns = TakeTurns(self.bare(), late)
         with tempfile.TemporaryDirectory() as folder:
             cfg.work_dir = folder
             runner = Runner.from_cfg(cfg)
-            runner.register_hook(clock)
+            runner.register_hook(turns)
             runner.train()
-        return self._durations(clock.starts)
+        return turns.pairs[self.WARMUP:]
 
     def bare(self):
-        """Seconds of each iteration of a loop that does the same work, and no more."""
-        model, starts = peers.build_nepa(self.bases, **self.network), []
-        update = peers.our_update(self.bases, model)
-        loader = DataLoader(NoiseImages(self.batch * self.iterations), self.batch)
-        autocast = torch.autocast(get_device(), torch.bfloat16, self.bf16)
-        for _ in range(2):
-            for batch in loader:
-                peers.synchronize()
-                starts.append(time.perf_counter())
-                with autocast:
-                    loss = model.loss(**model.data_preprocessor(batch, True))['loss']
-                loss.backward()
-                update()
-        return self._durations(starts)
+        """An iteration of a loop that does the same work, and no more, as a function."""
+        model = peers.build_nepa(self.bases, **self.network)
+        optim = Config.fromfile(self.bases / 'schedules' / 'pretrain_bs4096_1600e.py').optim_wrapper
+        optimizer = build_optim_wrapper(model, optim).optimizer
+        parameters = list(model.parameters())
+        average = [p.detach().clone() for p in parameters]
+        batches = iter(DataLoader(NoiseImages(self.batch * self.iterations), self.batch,
+                                  collate_fn=default_collate))
+
+        def iteration():
+            batch = next(batches)
+            with torch.autocast(get_device(), torch.bfloat16, self.bf16):
+                loss = model.loss(**model.data_preprocessor(batch, True))['loss']
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, optim.clip_grad.max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, parameters, 1e-4)
+        return iteration
 
 
 def make_jpegs(folder, num):

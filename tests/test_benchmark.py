@@ -1,12 +1,15 @@
 """tools/benchmark.py: everybody computes the same loss, and the tables mean what they say."""
 import json
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
-from nepa_mm import peers
+from nepa_mm import peers, workloads
 from nepa_mm.backbone import NEPAViT
 from nepa_mm.hooks.throughput import peak_flops
 
@@ -136,13 +139,46 @@ def test_memory():
 
 def test_train():
     rows = benchmark(['train', '--arch', 'tiny', '--batch', '2', '--repeats', '1',
-                      '--iterations', '4'])
+                      '--iterations', '5'])
     assert [row['loop'] for row in rows] == [
-        'bare loop', 'Runner', 'Runner at iteration 500,000', "... with mmengine's own log"]
-    assert rows[0]['more than bare %'] == 0
+        'Runner at iteration 10', 'Runner at iteration 500,000', "... with mmengine's own log"]
     for row in rows:
-        assert row['more than bare %'] == pytest.approx(
-            100 * (row['ms/iteration'] / rows[0]['ms/iteration'] - 1))
+        assert row['more %'] == pytest.approx(100 * row['more ms'] / row['bare loop'])
+        low, high = map(float, row['range %'].split(' to '))
+        assert low - 0.01 <= row['more %'] <= high + 0.01
+
+
+def test_the_runner_pauses_for_the_bare_loop(monkeypatch):
+    """Its clock stands still meanwhile, and both have the same work and the real hooks."""
+    seen = []
+
+    def bare(self):
+        return lambda: time.sleep(0.2)
+
+    class Spy(Hook):
+        priority = 'LOWEST'
+
+        def after_train_iter(self, runner, **kwargs):
+            seen.append((runner.iter, len(runner.message_hub.get_scalar('train/loss').data[0]),
+                         {type(hook).__name__ for hook in runner.hooks}))
+
+    from_cfg = Runner.from_cfg
+
+    def with_spy(cfg):
+        runner = from_cfg(cfg)
+        runner.register_hook(Spy())
+        return runner
+
+    monkeypatch.setattr(workloads.Training, 'bare', bare)
+    monkeypatch.setattr(workloads.Runner, 'from_cfg', with_spy)
+    job = workloads.Training(REPO / 'configs', dict(arch='tiny'), 2, 3, False)
+    pairs = job.pairs(1000)
+    assert len(pairs) == 3 and all(other >= 0.2 for _, other in pairs)
+    first, kept, hooks = seen[0]
+    assert first == 1000 // 13 * 13 and len(seen) == 13
+    assert kept > first
+    assert {'ModelEMAHook', 'NonFiniteGuardHook', 'ExactResumeHook', 'UnreadableImageHook',
+            'WholeCheckpointHook', 'NEPAMonitorHook', 'ThroughputHook'} <= hooks
 
 
 def test_loader_and_plan(tmp_path):

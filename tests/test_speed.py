@@ -16,12 +16,14 @@ from mmengine.runner import Runner
 from torch import distributed
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from nepa_mm import backbone, peers
 from nepa_mm.backbone import NEPAViT
 from nepa_mm.history import DeferredHistory
+from nepa_mm.hooks import ModelEMAHook
 
 from .conftest import TINY, smooth_images
 
@@ -188,20 +190,54 @@ def test_preprocessor_equals_mmpretrains_bitwise(dtype):
 # The log
 
 class ReadCounter(TorchDispatchMode):
-    """Counts how often the host waits for a floating-point value."""
+    """Counts how often the host reads from a tensor, inside torch and by calls from Python.
+
+    Apart are those of tensors that were there before the iteration: on a GPU their values may
+    have arrived long ago.
+    """
 
     def __init__(self):
         super().__init__()
-        self.reads = 0
+        self.calls, self.on_host = Calls(self), set()
+        self.reset()
+
+    def reset(self):
+        self.reads, self.late, self.fresh = 0, 0, []
+
+    def __enter__(self):
+        self.calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self.calls.__exit__(*args)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func is torch.ops.aten._local_scalar_dense.default and args[
-            0].is_floating_point()
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.reads += args[0].data_ptr() not in self.on_host
         return func(*args, **kwargs or {})
 
 
+class Calls(TorchFunctionMode):
+    """The second half of ReadCounter: tolist() of a tensor on the CPU reaches no kernel."""
+
+    def __init__(self, counter):
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if func is torch.Tensor.tolist:
+            fresh = any(args[0] is tensor for tensor in self.counter.fresh)
+            self.counter.reads += fresh
+            self.counter.late += not fresh
+        elif torch.is_tensor(result):
+            self.counter.fresh.append(result)
+        return result
+
+
 def run(work_dir, info='DeferredRuntimeInfoHook', epochs=2, hooks=(), resume=False,
-        info_options=None, model=None, **options):
+        info_options=None, model=None, fused=True, **options):
     """Train on 12 iterations an epoch; the log has a line every 4."""
     torch.manual_seed(0)
     runner = Runner(
@@ -210,7 +246,7 @@ def run(work_dir, info='DeferredRuntimeInfoHook', epochs=2, hooks=(), resume=Fal
             [dict(inputs=image, data_samples=0) for image in smooth_images(24, size=28)], 2),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(type='BF16OptimWrapper', clip_grad=dict(max_norm=1.),
-                           optimizer=dict(type='AdamW', lr=1e-2, fused=True)),
+                           optimizer=dict(type='AdamW', lr=1e-2, fused=fused)),
         default_hooks=dict(logger=dict(type='LoggerHook', interval=4),
                            runtime_info=dict(type=info, **info_options or {})),
         custom_hooks=[dict(type='ModelEMAHook'), dict(type='NEPAMonitorHook', interval=4), *hooks],
@@ -228,32 +264,46 @@ def printed(work_dir):
 
 
 class Reads(Hook):
-    """The reads of every iteration, hooks included."""
+    """The reads of every iteration, hooks included, and those of older tensors."""
 
     priority = 'LOWEST'
 
     def __init__(self):
-        self.counter, self.counts = ReadCounter(), []
+        self.counter, self.counts, self.late = ReadCounter(), [], []
 
     def before_train(self, runner):
+        average, = (hook.ema_model for hook in runner.hooks if isinstance(hook, ModelEMAHook))
+        self.counter.on_host.add(average.steps.data_ptr())      # never on a GPU
         self.counter.__enter__()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.counts.append(self.counter.reads)
-        self.counter.reads = 0
+        self.late.append(self.counter.late)
+        self.counter.reset()
 
     def after_train(self, runner):
         self.counter.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize('info, waits', [('DeferredRuntimeInfoHook', False),
-                                         ('RuntimeInfoHook', True)])
-def test_no_wait_for_the_device_between_two_lines_of_the_log(tmp_path, info, waits):
+OUR_HOOKS = [dict(type='NonFiniteGuardHook'), dict(type='ExactResumeHook'),
+             dict(type='UnreadableImageHook'),
+             dict(type='WholeCheckpointHook', interval=1, priority='VERY_LOW')]
+
+
+@pytest.mark.parametrize('info, fused, waits', [
+    ('DeferredRuntimeInfoHook', True, False),
+    ('RuntimeInfoHook', True, True),        # for the loss
+    ('DeferredRuntimeInfoHook', False, True)])      # for the guard
+def test_no_wait_for_the_device_between_two_lines_of_the_log(tmp_path, info, fused, waits):
+    """But for the guard's look at the update before."""
     reads = Reads()
-    run(tmp_path, info, hooks=[reads])
-    # in the first iteration every history starts; it is replaced after the second
-    between = [n for i, n in enumerate(reads.counts) if i > 1 and (i + 1) % 4]
-    assert len(between) == 16 and (all(between) if waits else not any(between))
+    run(tmp_path, info, fused=fused, hooks=[*OUR_HOOKS, reads])
+    # In the first iteration every history starts; it is replaced after the second. The first one
+    # of an epoch comes after saving, and the data loader draws a seed.
+    between = [(n, late) for i, (n, late) in enumerate(zip(reads.counts, reads.late))
+               if i > 1 and i % 12 and (i + 1) % 4]
+    assert len(between) == 15
+    assert all(n for n, _ in between) if waits else set(between) == {(0, 1)}
 
 
 def test_what_is_printed_and_saved_is_the_same(tmp_path):

@@ -84,7 +84,7 @@ def parse_args(argv=None):
         '--gpus', type=positive, default=1, help='that share the state, as FSDPRunner does')
     sub = command('train', train, 'the Runner against a bare loop')
     network(sub, 'tiny', 8, 3)
-    sub.add_argument('--iterations', type=positive, default=30, help='per turn')
+    sub.add_argument('--iterations', type=positive, default=100, help='per turn')
     sub = command('loader', loader, 'images per second of the data pipeline')
     sub.add_argument('--images', type=positive, default=200, help='JPEGs that are made')
     sub.add_argument('--workers', type=positive, default=os.cpu_count(), help='processes')
@@ -267,22 +267,33 @@ def memory(args):
 # The framework and the data
 
 def train(args):
-    """Milliseconds of an iteration in a bare loop, and what the Runner adds to it."""
+    """Milliseconds that the Runner adds to an iteration of a bare loop.
+
+    Both take turns iteration by iteration, so that whatever else the machine does slows both.
+    The differences are those of neighbours; with a confidence of 95 % their median is in the
+    range given.
+    """
     network = dict(arch=args.arch, compile_blocks=args.compile)
     job = workloads.Training(CONFIGS, network, args.batch, args.iterations,
                              args.precision == 'bf16')
     late = 500_000
     durations, _ = take_turns({
-        'bare loop': job.bare,
-        'Runner': job.runner,
-        f'Runner at iteration {late:,}': lambda: job.runner(late),
-        "... with mmengine's own log": lambda: job.runner(late, 'RuntimeInfoHook')},
+        f'Runner at iteration {job.WARMUP}': job.pairs,
+        f'Runner at iteration {late:,}': lambda: job.pairs(late),
+        "... with mmengine's own log": lambda: job.pairs(late, 'RuntimeInfoHook')},
         args.repeats, DTYPES[args.precision], warmup=0)
     rows = []
     for name, turns in durations.items():
-        ms = 1e3 * statistics.median(sum(turns, []))
-        rows.append({'loop': name, 'ms/iteration': ms, 'images/s': args.batch / ms * 1e3,
-                     'more than bare %': 100 * (ms / rows[0]['ms/iteration'] - 1) if rows else 0.})
+        pairs = sum(turns, [])
+        runner, bare = (1e3 * statistics.median(times) for times in zip(*pairs))
+        more = sorted(1e3 * (one - other) for one, other in pairs)
+        reach = round(0.98 * len(more) ** 0.5)      # ranks from the median, by the sign test
+        low, high = (more[min(max(rank, 0), len(more) - 1)] for rank in (
+            len(more) // 2 - reach, len(more) // 2 + reach))
+        median = statistics.median(more)
+        rows.append({'loop': name, 'ms/iteration': runner, 'bare loop': bare, 'more ms': median,
+                     'more %': 100 * median / bare,
+                     'range %': f'{100 * low / bare:.2f} to {100 * high / bare:.2f}'})
     return report(args, environment(args, arch=args.arch, precision=args.precision,
                                     batch=args.batch, repeats=args.repeats,
                                     iterations=args.iterations), rows)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from mmengine import dist
 from mmengine.dataset import Compose
+from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
@@ -114,7 +115,12 @@ class ExactResumeHook(Hook):
         seed = derive_seed(run_seed(runner), dist.get_rank(), runner.iter)
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        # torch.manual_seed takes a traceback for every kind of device that is not there
+        torch.default_generator.manual_seed(seed)
+        if get_device() == 'cuda':
+            torch.cuda.manual_seed(seed)
+        elif get_device() != 'cpu':
+            torch.manual_seed(seed)
 
     def after_train_epoch(self, runner):
         """The next epoch is a whole one."""

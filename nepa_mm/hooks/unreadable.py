@@ -114,9 +114,10 @@ class UnreadableImageHook(Hook):
         """Count what was replaced; stop as soon as it is too much for an epoch."""
         samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
         for sample in samples if isinstance(samples, list) else []:
-            unreadable = sample.metainfo.get('unreadable', {})
-            self.count += bool(unreadable)
-            self.new.update(unreadable)
+            unreadable = getattr(sample, 'unreadable', None)    # metainfo would be a copy of all
+            if unreadable:
+                self.count += 1
+                self.new.update(unreadable)
         if self.count and self.count > self.max_share * self._num(runner):      # for sure
             self._name(runner, self.new)
             self._refuse(runner, self.count)
