@@ -99,6 +99,11 @@ class NEPAViT(BaseBackbone):
             training. All blocks share what is compiled, so the first step takes seconds
             longer, not minutes; modules and parameters stay as they are. Defaults to
             False.
+        bf16_residual (bool): Whether under bf16 autocast the stream between the blocks is
+            bf16, too; the reference's is fp32. It costs some accuracy, for what LayerScale
+            makes small is lost in the rounding, and halves the traffic of the stream where
+            ``compile_blocks`` fuses the norms, which autocast gives an fp32 copy otherwise.
+            Outputs of earlier blocks are bf16 then. Defaults to False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.', weights=None | 'ema' | 'raw')`` starts from a
             checkpoint, see :func:`nepa_mm.checkpoint.load_pretrained`. Defaults to
@@ -120,6 +125,7 @@ class NEPAViT(BaseBackbone):
             embed_dims=1024, num_layers=24, num_heads=16, feedforward_channels=4096)),
     }
     OUT_TYPES = ('raw', 'cls_token', 'last_token', 'avg_featmap', 'featmap')
+
     def __init__(self, arch='base', patch_size=14, in_channels=3, causal=True, out_indices=-1,
                  out_type='raw', final_norm=True, fc_norm=False, qkv_bias=True, qk_norm='plain',
                  gated_mlp=False, act_cfg=dict(type='GELU'), layer_scale_init_value=1e-5,

@@ -4,94 +4,24 @@
          -> encoded_collate: the bytes of a batch, one behind the other (worker)
          -> decode_crops: pixels, called by NEPADataPreprocessor        (GPU, or CPU without one)
 
-A worker that decodes nothing feeds a GPU several times as fast.
+A worker that decodes nothing is many times as fast. What it saves costs the main process some
+time: torchvision waits for nvJPEG, and every crop is resized by itself.
 """
 import logging
+from functools import cache
 
 import mmcv
-import numpy as np
 import torch
 from mmengine.logging import print_log
-from mmengine.registry import FUNCTIONS, TRANSFORMS
-from mmpretrain.datasets.transforms import PackInputs
+from mmengine.registry import FUNCTIONS
 from torchvision.transforms.v2 import functional as F
 
-from .datasets import LoadRandomResizedCrop
-from .reading import decode_jpeg, open_image, read_bytes, to_bgr
-
-ORIENTATION = 0x0112    # EXIF: 1 is upright
-
-
-def is_plain_jpeg(image, content):
-    """Whether every decoder makes the same of a file: colours, upright, not torn.
-
-    Args:
-        image (PIL.Image.Image): Opened, its pixels not read.
-        content (bytes): The file.
-    """
-    try:
-        return (image.format == 'JPEG' and image.mode in ('RGB', 'L')
-                and image.info.get('adobe_transform') != 0      # stored as RGB, not YCbCr
-                and image.getexif().get(ORIENTATION, 1) == 1
-                and b'\xff\xd9' in content[-64:])               # the mark of the end
-    except Exception:       # damaged EXIF
-        return False
-
-
-@TRANSFORMS.register_module()
-class PackEncodedCrop(LoadRandomResizedCrop):
-    """LoadRandomResizedCrop, RandomFlip and PackInputs in one, that leaves JPEGs encoded.
-
-    Draws crop and flip as these do, from the size in the file's header, and packs the bytes.
-    What is no plain JPEG (PNG, CMYK, turned by EXIF, torn) is decoded, cropped and flipped here,
-    so that a torn file is replaced by the UnreadableImageHook as ever. Needs
-    ``collate_fn=dict(type='encoded_collate')``, the NEPADataPreprocessor and torchvision 0.19.
-
-    Args:
-        scale (int | Sequence[int]): Side, or height and width, of the result.
-        flip_prob (float): Probability of a horizontal flip. Defaults to 0.5.
-        **kwargs: ``interpolation``, ``crop_ratio_range`` and others of LoadRandomResizedCrop.
-
-    Returns ``inputs``, the file as bytes or pixels (3, height, width), uint8, BGR; and
-    ``data_samples`` with ``img_shape``, ``flip``, and for a file ``crop`` (top, left, height,
-    width) and ``interpolation``.
-
-    Raises:
-        ValueError: ``flip_prob`` is not between 0 and 1.
-        UnreadableImageError: As LoadWholeImage.
-    """
-
-    def __init__(self, scale, flip_prob=0.5, **kwargs):
-        super().__init__(scale, **kwargs)
-        if not 0 <= flip_prob <= 1:
-            raise ValueError(f'flip_prob must be between 0 and 1, got {flip_prob}.')
-        self.flip_prob = flip_prob
-        self.pack = PackInputs(
-            meta_keys=(*PackInputs.DEFAULT_META_KEYS, 'crop', 'interpolation'))
-
-    def transform(self, results):
-        """Read ``results['img_path']`` and pack it."""
-        path = results['img_path']
-        content = read_bytes(path)
-        opened = open_image(content, path)
-        encoded = is_plain_jpeg(opened, content)
-        if encoded:
-            results['ori_shape'] = opened.size[::-1]
-            results['crop'] = self.rand_crop_params(np.broadcast_to(0, results['ori_shape']))
-            results['img_shape'], results['interpolation'] = tuple(self.scale), self.interpolation
-        else:
-            results = super().transform(results)
-        results['flip'] = bool(np.random.random_sample() < self.flip_prob)     # as RandomFlip
-        if encoded:
-            return dict(self.pack(results), inputs=content)
-        if results['flip']:
-            results['img'] = mmcv.imflip(results['img'])
-        return self.pack(results)
+from .reading import decode_jpeg, open_image, to_bgr
 
 
 @FUNCTIONS.register_module()
 def encoded_collate(samples):
-    """A batch of :class:`PackEncodedCrop`.
+    """A batch of :class:`nepa_mm.datasets.PackEncodedCrop`.
 
     Returns:
         dict: ``inputs``, all bytes in one tensor (n,), uint8, for each tensor that a worker
@@ -133,8 +63,29 @@ def decode_crops(inputs, data_samples, device):
         RuntimeError: None of them can be decoded there.
     """
     if not isinstance(inputs, torch.Tensor):
-        raise ValueError("PackEncodedCrop needs collate_fn=dict(type='encoded_collate') in its "
-                         'data loader.')
+        raise ValueError("Images must come as one tensor: set the data loader's collate_fn to "
+                         "dict(type='default_collate'), or 'encoded_collate' for PackEncodedCrop.")
+    device = torch.device(device)
+    if device.type != 'cuda':
+        return _decode_crops(inputs, data_samples, device)
+    # nvJPEG writes at once, whatever is queued (pytorch/vision#9606), into memory that is free for
+    # the current stream: let that be one on which nothing is pending
+    side, main = decode_stream(device), torch.cuda.current_stream(device)
+    side.synchronize()
+    with torch.cuda.stream(side):
+        images = _decode_crops(inputs, data_samples, device)
+    main.wait_stream(side)
+    images.record_stream(main)
+    return images
+
+
+@cache
+def decode_stream(device):
+    """The stream of a GPU on which images are decoded and nothing else is done."""
+    return torch.cuda.Stream(device)
+
+
+def _decode_crops(inputs, data_samples, device):
     parts = inputs.split([sample.num_bytes for sample in data_samples])
     jpegs = [(part, sample) for part, sample in zip(parts, data_samples) if 'crop' in sample]
     decoded = iter(decode_jpegs(*zip(*jpegs), device) if jpegs else ())
@@ -151,7 +102,10 @@ def decode_crops(inputs, data_samples, device):
 
 
 def decode_jpegs(contents, data_samples, device):
-    """[(3, height, width)], uint8, RGB, of files that the device refuses by Pillow."""
+    """[(3, height, width)], uint8, RGB; one by one if there is one that the device refuses.
+
+    Pillow decodes that one.
+    """
     try:
         return decode_jpeg(list(contents), device=device)
     except RuntimeError:        # does not say of which file

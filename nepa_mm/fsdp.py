@@ -147,7 +147,7 @@ class FSDPRunner(Runner):
     to its backward pass, 2 bytes a parameter.
 
     Raises:
-        ValueError: See :func:`shard`; or there is a ``model_wrapper_cfg``.
+        ValueError: See :func:`shard`; or there is a ``model_wrapper_cfg`` or ``sync_bn``.
     """
 
     def wrap_model(self, model_wrapper_cfg, model):
@@ -155,9 +155,10 @@ class FSDPRunner(Runner):
         if not self.distributed:
             self.logger.info('FSDPRunner has one process and nothing to share.')
             return super().wrap_model(model_wrapper_cfg, model)
-        if model_wrapper_cfg:
-            raise ValueError('FSDPRunner shares the model by itself: leave out model_wrapper_cfg, '
-                             f'which is {model_wrapper_cfg}.')
+        if model_wrapper_cfg or self.cfg.get('sync_bn'):
+            raise ValueError('FSDPRunner shares the model by itself: leave out model_wrapper_cfg '
+                             f'and sync_bn, which are {model_wrapper_cfg} and '
+                             f'{self.cfg.get("sync_bn")}.')
         if self._train_loop is not None and hasattr(model, 'init_weights'):
             model.init_weights()        # now, for it reads and writes whole tensors
         model = model.to(get_device())      # BaseModel's method tells the data preprocessor, too
@@ -168,7 +169,8 @@ class FSDPRunner(Runner):
         held = sum(local(p).numel() for p in model.parameters())
         self.logger.info(f'{dist.get_world_size()} processes share {total:,} parameters, of which '
                          f'this one holds {held:,}.')
-        # bf16 copies of the weights would outlive their block until the end of the forward pass
+        # For the whole process: bf16 copies of the weights would outlive their block until the end
+        # of the forward pass.
         torch.set_autocast_cache_enabled(False)
         return model
 

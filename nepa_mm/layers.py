@@ -160,7 +160,10 @@ class RotaryEmbedding(nn.Module):
 
 
 class Rotation(torch.autograd.Function):
-    """Rotate channel d with channel d + K/2, in three passes over the data instead of eight."""
+    """Rotate channel d with channel d + K/2, in three passes over the data instead of eight.
+
+    Both channels turn by one angle: sin and cos hold it twice, and get no gradient.
+    """
 
     @staticmethod
     def forward(x, sin, cos):                                       # B H T K, T K, T K
@@ -181,6 +184,8 @@ class Rotation(torch.autograd.Function):
 
 def rotate(x, sin, cos):
     """Rotate queries or keys (B, H, T, K) by the angles (T, K) of their tokens."""
+    if not torch.is_grad_enabled():     # what is traced or exported needs no function of ours
+        return Rotation.forward(x, sin, cos)
     return Rotation.apply(x, sin, cos)
 
 

@@ -57,7 +57,7 @@ class BF16OptimWrapper(OptimWrapper):
         params = [p for group in self.optimizer.param_groups for p in group['params']
                   if p.requires_grad and p.grad is not None]
         norm = whole(self.clip_func(params, **self.clip_grad_kwargs)) if params else None
-        self.grad_norm = norm if params else torch.zeros(())    # for NonFiniteGuardHook
+        self.grad_norm = norm   # for NonFiniteGuardHook
         if norm is not None:
             log_scalar(self.message_hub, f'train/{self.grad_name}', norm)
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from .backbone import NEPAViT
 from .convert_config import published_config
 from .convert_timm import to_timm
-from .layers import RotaryEmbedding, rotate
+from .layers import RotaryEmbedding
 from .nepa import next_embedding_loss
 from .optim import MultiTensorEMA
 
@@ -42,6 +42,12 @@ def build_nepa(bases, **backbone):
     return MODELS.build(nepa_config(bases, **backbone)).to(get_device()).train()
 
 
+def rotate_half(x, sin, cos):
+    """The rotation of :func:`nepa_mm.layers.rotate`, slice by slice as the released code has it."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
 class EagerBlock(nn.Module):
     """A block with separate projections and the class token split off before the rotation."""
 
@@ -58,7 +64,7 @@ class EagerBlock(nn.Module):
         q, k, v = (layer(y).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                    for layer in (self.query, self.key, self.value))     # B H T K
         q, k = (F.layer_norm(t, t.shape[-1:], eps=1e-12) for t in (q, k))
-        q, k = (torch.cat((t[:, :, :1], rotate(t[:, :, 1:], sin, cos)), dim=2).to(v.dtype)
+        q, k = (torch.cat((t[:, :, :1], rotate_half(t[:, :, 1:], sin, cos)), dim=2).to(v.dtype)
                 for t in (q, k))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.scale1 * self.out(y.transpose(1, 2).flatten(2))

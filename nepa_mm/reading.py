@@ -8,6 +8,7 @@ from mmengine import fileio
 from mmengine.registry import TRANSFORMS
 from PIL import Image, ImageOps
 
+ORIENTATION = 0x0112    # EXIF: 1 is upright
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
 
@@ -86,6 +87,22 @@ def to_bgr(image, path):
 def _unreadable(path, error):
     reason = (str(error).strip() or type(error).__name__).split('\n')[0].split(' <_io')[0]
     return UnreadableImageError(f'The image {path} cannot be read: {reason.rstrip(".")}.')
+
+
+def is_plain_jpeg(image, content):
+    """Whether every decoder makes the same of a file: colours, upright, not torn.
+
+    Args:
+        image (PIL.Image.Image): Opened, its pixels not read.
+        content (bytes): The file.
+    """
+    try:
+        return (image.format == 'JPEG' and image.mode in ('RGB', 'L')
+                and image.info.get('adobe_transform') != 0      # stored as RGB, not YCbCr
+                and image.getexif().get(ORIENTATION, 1) == 1
+                and b'\xff\xd9' in content[-64:])               # the mark of the end
+    except Exception:       # damaged EXIF
+        return False
 
 
 @TRANSFORMS.register_module()

@@ -204,10 +204,11 @@ def loading(files, steps, workers, collate_fn='default_collate'):
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         start = time.perf_counter()
-        for _ in batches:
-            pass
-        seconds = time.perf_counter() - start
-        torch.set_num_threads(threads[0])
-        cv2.setNumThreads(threads[1])
-        return seconds
+        try:
+            for _ in batches:
+                pass
+            return time.perf_counter() - start
+        finally:
+            torch.set_num_threads(threads[0])
+            cv2.setNumThreads(threads[1])
     return run

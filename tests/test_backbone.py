@@ -117,6 +117,25 @@ def test_rope_against_its_definition():
     torch.testing.assert_close(scores[0, 0, 1, 7], scores[0, 0, 8, 14])     # one down, one right
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_rotation_against_its_formula(dtype):
+    """Values and gradients, of queries whose channels lie apart, too."""
+    sin, cos = RotaryEmbedding(head_dims=8).eval()((2, 3), num_prefix=1, device='cpu')
+    x = torch.randn(2, 7, 3, 8, dtype=dtype).transpose(1, 2).requires_grad_()
+    a, b = x.chunk(2, dim=-1)
+    expected = x * cos + torch.cat((-b, a), dim=-1) * sin
+    weight = torch.randn_like(expected)
+    turned = rotate(x, sin, cos)
+    with torch.no_grad():
+        assert torch.equal(rotate(x, sin, cos), turned)
+    torch.testing.assert_close(turned, expected)
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), x)[0] for out in (turned, expected))
+    # theirs is rounded to bf16 twice before the sum
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 if dtype.itemsize == 8 else 0.05)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda x: rotate(x, sin, cos), x)
+
+
 def test_rope_augmentation():
     """One draw for both axes, log-uniform in [1/2, 2], in training only."""
     torch.manual_seed(0)

@@ -101,7 +101,7 @@ def test_step(tmp_path, capsys):
         assert row['speed to ours'] == pytest.approx(row['images/s'] / rows[0]['images/s'])
         assert 0 < row['MFU %'] < 100
     saved = json.loads((tmp_path / 'step.json').read_text())
-    assert saved['attention'] == 'flash_attention'      # no mask tensor, nothing written out
+    assert saved['attention'] != 'math'     # which writes the scores of all pairs out
     assert saved['rows'] == rows and saved['torch'] == torch.__version__
     assert (saved['precision'], saved['batch'], saved['repeats']) == ('bf16', 2, 1)
     output = capsys.readouterr()

@@ -73,7 +73,7 @@ def test_the_same_crops(files, seed):
 def test_another_collate_fn_is_refused(files):
     preprocess = MODELS.build(dict(type='NEPADataPreprocessor'))
     batch = default_collate(samples([path for path in files if path.stem in PLAIN], BYTES, 0))
-    with pytest.raises(ValueError, match="PackEncodedCrop needs .*'encoded_collate'"):
+    with pytest.raises(ValueError, match="set the data loader's collate_fn to .* for PackEnc"):
         preprocess(batch)
 
 

@@ -8,9 +8,10 @@
     python tools/benchmark.py plan --gpus 8 --model l --images-per-second 1000 ...
 
 Contestants take turns in one process, so that a busy machine slows all of them; figures are
-medians. MFU is model FLOPs utilisation: the FLOPs that NEPA needs (multiply-add = 2, backward =
-2 x forward, visible pairs of tokens only, nothing for recomputation) per second, over the rate of
-a large matrix product measured between the turns. Everybody is charged the same FLOPs.
+medians, ratios those of each turn. MFU is model FLOPs utilisation: the FLOPs that NEPA needs
+(multiply-add = 2, backward = 2 x forward, visible pairs of tokens only, nothing for recomputation)
+per second, over the rate of a large matrix product measured between the turns. Everybody is charged
+the same FLOPs.
 
 `step` compares with an eager network in the manner of the released code (nothing packed, class
 token split off before the rotation, all 257 tokens, AdamW and EMA tensor by tensor), with timm's
@@ -24,6 +25,7 @@ import resource
 import statistics
 import sys
 import tempfile
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -181,14 +183,15 @@ def step(args):
             else peers.plain_update(model), images, args.precision == 'bf16')
         for name, (model, loss) in models.items()})
     durations, peak = take_turns(steps, args.repeats, DTYPES[args.precision])
-    rows = []
+    rows, ours = [], [sum(parts) for parts in durations['nepa_mm']]
     for name, times in durations.items():
         gradients, update = (statistics.median(part) for part in zip(*times))
-        rate = args.batch / statistics.median(map(sum, times))
+        seconds = [sum(parts) for parts in times]
+        rate = args.batch / statistics.median(seconds)
         rows.append({'implementation': name, 'gradients ms': gradients * 1e3,
                      'update ms': update * 1e3, 'images/s': rate,
                      'MFU %': 100 * rate * work / peak,
-                     'speed to ours': rate / (rows[0]['images/s'] if rows else rate),
+                     'speed to ours': statistics.median(map(truediv, ours, seconds)),
                      'GPU peak GB': memory.get(name, 'no GPU')})
     return report(args, environment(
         args, arch=args.arch, precision=args.precision, batch=args.batch, repeats=args.repeats,

@@ -34,6 +34,7 @@ class NonFiniteGuardHook(Hook):
 
     A step left out counts for the schedule, and for the moving average, which goes once more
     towards weights that stayed where they were: with momentum 1e-4 by 1e-4 of their distance.
+    Its norm is logged as it is.
 
     Args:
         max_skipped (int): How many such steps a run may leave out before it stops.
@@ -127,7 +128,8 @@ class NonFiniteGuardHook(Hook):
         The result is on the device, and what is noted on its way to the host.
         """
         wrapper, seen, self.losses = runner.optim_wrapper, self.losses, []
-        norm = wrapper.grad_norm if clipped else _gradient_norm(wrapper.optimizer)
+        norm = wrapper.grad_norm if clipped else None
+        norm = _gradient_norm(wrapper.optimizer) if norm is None else norm
         values = torch.stack([value.float().reshape(())
                               for value in (norm, *(loss for _, loss in seen))])
         bad = (~values.isfinite()).any().float()
