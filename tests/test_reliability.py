@@ -99,6 +99,23 @@ def test_sigterm_in_the_middle_of_an_epoch(config):
     assert 'Continuing epoch 2 after 1 iterations' in log
 
 
+def test_resumed_with_another_batch_size(config):
+    """As on another number of GPUs: epochs have other lengths, and every sample its turn."""
+    straight = run_train([config, '--work-dir', 'a', *epochs(3)])
+    with pytest.raises(SystemExit):
+        run_train([config, '--work-dir', 'b', *options('custom_hooks.0.stop_at=3')])
+    first = RecordHook.last
+    resumed = run_train([config, '--work-dir', 'b', *epochs(3, 'train_dataloader.batch_size=1')])
+    assert first.files + resumed.files == straight.files and len(straight.files) == 12
+    assert len(resumed.losses) == 2 + 4
+    with pytest.raises(SystemExit):     # now with larger batches, at the end of an epoch
+        run_train([config, '--work-dir', 'c', *options(
+            'train_dataloader.batch_size=1', 'custom_hooks.0.stop_at=9')])
+    Path('c/interrupted.pth').unlink()
+    resumed = run_train([config, '--work-dir', 'c', *epochs(3)])
+    assert resumed.files == straight.files[8:] and len(resumed.losses) == 2
+
+
 def torn(path):
     os.truncate(path, path.stat().st_size - 10)
 

@@ -83,7 +83,8 @@ class ExactResumeHook(Hook):
       what the network draws (RoPE rescale, drop path, the order of a mask) comes from there.
     - In an epoch-based loop the augmentations of a sample are drawn from (seed, epoch,
       sample), and a run resumed in the middle of an epoch goes on with the next sample:
-      none is lost or seen twice.
+      none is lost or seen twice, also by another number of processes or another batch size,
+      provided that what was seen makes whole iterations of theirs.
 
     On the CPU a resumed run is thereby the uninterrupted one bit for bit, provided that it was
     saved after an update: gradients of an unfinished accumulation are lost.
@@ -93,6 +94,24 @@ class ExactResumeHook(Hook):
     """
 
     priority = 'VERY_HIGH'
+    position = 0    # samples of this epoch that all processes have seen
+
+    @staticmethod
+    def _samples(runner, iterations=1):
+        """Samples of all processes in so many iterations."""
+        batches = runner.train_loop.dataloader.batch_sampler
+        return iterations * batches.batch_size * dist.get_world_size()
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        """Note the position, for iterations may come to be of another size."""
+        checkpoint['meta']['position'] = self.position
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        """Take the position of a checkpoint to resume; an older one gives it in iterations."""
+        if runner._resume and isinstance(runner._train_loop, EpochBasedTrainLoop):
+            meta, length = checkpoint['meta'], len(runner.train_loop.dataloader)
+            self.position = meta.get('position', self._samples(
+                runner, meta['iter'] - meta['epoch'] * length))
 
     def before_train_epoch(self, runner):
         """Tell the workers the epoch, and skip what it has seen already."""
@@ -104,7 +123,7 @@ class ExactResumeHook(Hook):
             if not isinstance(dataset.pipeline, SeededPipeline):
                 dataset.pipeline = SeededPipeline(dataset.pipeline.transforms, run_seed(runner))
             dataset.pipeline.epoch.fill_(runner.epoch)
-        done = runner.iter - runner.epoch * len(loader)
+        done = self.position // self._samples(runner)
         if done:
             runner.logger.info(f'Continuing epoch {runner.epoch + 1} after {done} iterations.')
             batches = loader.batch_sampler
@@ -122,8 +141,14 @@ class ExactResumeHook(Hook):
         elif get_device() != 'cpu':
             torch.manual_seed(seed)
 
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """Count."""
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            self.position += self._samples(runner)
+
     def after_train_epoch(self, runner):
         """The next epoch is a whole one."""
+        self.position = 0
         batches = runner.train_loop.dataloader.batch_sampler
         if isinstance(getattr(batches, 'sampler', None), Remaining):
             batches.sampler = batches.sampler.sampler
