@@ -1,7 +1,8 @@
 """imagenet_pretrain.py with JPEGs decoded, cropped and resized on the GPU: same crops and flips.
 
-Takes its place in the ``_base_`` of a pretraining config. Pixels are nvJPEG's and may differ from
-Pillow's. Not run on a GPU yet; without one, the CPU decodes in the main process.
+Takes its place in the ``_base_`` of a pretraining config. Experimental, for it was not run on a
+GPU yet. Pixels are nvJPEG's and may differ from Pillow's. Without a GPU the CPU decodes, in the
+main process.
 """
 _base_ = ['imagenet_pretrain.py']
 
