@@ -1,7 +1,10 @@
 """tools/train.py and tools/test.py: flags, resuming, bad input."""
 import json
 import pickle
+import platform
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from PIL import Image
 
 from nepa_mm import runtime
 
+from .conftest import REPO
 from .tiny_runs import (
     options,
     run_script,
@@ -104,6 +108,24 @@ def test_load_from_takes_weights_only_until_there_is_something_to_resume(pretrai
     for name, value in tuned.model.state_dict().items():
         assert torch.equal(value.cpu(), weights[name])
     assert run_train([pretrain, *flags, 'train_cfg.max_epochs=2']).done == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != 'glibc',
+                    reason='GPUs have an allocator of their own; so do other systems')
+def test_freed_memory_is_kept():
+    """A large tensor takes the pages of the one before, where it otherwise takes new ones."""
+    code = (
+        'import resource, torch\n'
+        'from nepa_mm import runtime\n'
+        'assert runtime.keep_freed_memory() if {keep} else True\n'
+        'for _ in range(3): torch.ones(2 ** 26)\n'     # 256 MB each
+        'before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+        'for _ in range(3): torch.ones(2 ** 26)\n'
+        'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)')
+    faults = [int(subprocess.run([sys.executable, '-c', code.format(keep=keep)], cwd=REPO, text=True,
+                                 capture_output=True, check=True).stdout.split()[-1])
+              for keep in (True, False)]
+    assert faults[0] < 0.1 * faults[1]
 
 
 def test_amp_is_bf16(pretrain):

@@ -378,6 +378,7 @@ def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the rows."""
     args = parse_args(argv)
     MMLogger.get_instance('benchmark', log_level='ERROR')
+    runtime.keep_freed_memory()
     if getattr(args, 'precision', None) == 'bf16' and get_device() == 'cpu':
         warn_of_slow_bf16()
     with runtime.one_sentence_errors():
