@@ -201,7 +201,7 @@ def keep_freed_memory():
     """Without a GPU, let glibc use the memory of large tensors again; return whether it does.
 
     By default every tensor of more than 32 MB is made of new pages, which the system clears
-    first: a step on 256 images, or 1,600 tokens, then takes half as long again.
+    first: a step of ViT-Ti on 256 images then took half as long again.
     """
     libc = ctypes.CDLL(None)
     if get_device() != 'cpu' or not hasattr(libc, 'mallopt'):
