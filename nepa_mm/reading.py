@@ -12,8 +12,15 @@ ORIENTATION = 0x0112    # EXIF: 1 is upright
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
 
-class UnreadableImageError(ValueError):
-    """An image file that is missing, torn or no image; the message names it."""
+class DataError(ValueError):
+    """A file of the data set is at fault; the message, one sentence, names it.
+
+    Tools end with that sentence alone whenever it is raised, also in a worker of a data loader.
+    """
+
+
+class UnreadableImageError(DataError):
+    """An image file that is missing, corrupt or no image."""
 
 
 def read_bytes(path):
