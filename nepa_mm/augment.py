@@ -49,7 +49,6 @@ class TimmBatchAugment:
     mirrored place. The label smoothing is part of the one-hot targets.
 
     Args:
-        num_classes (int): Number of classes.
         mixup_alpha (float): Defaults to 0.8.
         cutmix_alpha (float): Defaults to 1.
         switch_prob (float): Share of CutMix when both are on. Defaults to 0.5.
@@ -58,12 +57,11 @@ class TimmBatchAugment:
             33 % of the area. Defaults to 0.25.
     """
 
-    def __init__(self, num_classes, mixup_alpha=0.8, cutmix_alpha=1., switch_prob=0.5,
+    def __init__(self, mixup_alpha=0.8, cutmix_alpha=1., switch_prob=0.5,
                  label_smoothing=0.1, erase_prob=0.25):
         self.erase_prob = erase_prob
         self.mixup = Mixup(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha,
-                           switch_prob=switch_prob, label_smoothing=label_smoothing,
-                           num_classes=num_classes)
+                           switch_prob=switch_prob, label_smoothing=label_smoothing)
 
     @torch.no_grad()
     def __call__(self, inputs, scores):
@@ -83,4 +81,5 @@ class TimmBatchAugment:
             raise ValueError('Mixup pairs the images of a batch and needs an even batch size, got '
                              f'{len(inputs)}; set train_dataloader.drop_last=True.')
         erase = RandomErasing(self.erase_prob, mode='pixel', device=inputs.device)
+        self.mixup.num_classes = scores.shape[1]
         return self.mixup(erase(inputs), scores.argmax(dim=1))

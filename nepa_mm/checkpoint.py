@@ -1,9 +1,11 @@
 """Reading weights of any origin, writing them whole, and starting a network from them."""
 import json
+import logging
 import os
 import re
 import zipfile
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -13,8 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .convert import from_published
+from .convert_config import recorded_model
 from .hub import download
 
+# Parts of a backbone that every task reads; norms at its output are a task's own.
+INNER = ('patch_embed', 'cls_token', 'register_tokens', 'pos_embed', 'layers')
 WEIGHTS = (None, 'ema', 'raw')
 PUBLISHED_FILES = dict(raw=('model.safetensors', 'pytorch_model.bin'),
                        ema=('pytorch_model_ema.bin',))
@@ -284,27 +289,22 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
         keep their initial value, names of the file that have no place.
 
     Raises:
-        ValueError: No tensor matched, or one has another shape.
+        ValueError: No tensor matched, or the file holds another network, see
+            :func:`check_network`.
     """
-    state_dict = select_weights(read_checkpoint(checkpoint, map_location, weights), weights,
-                                checkpoint)
-    if prefix and not prefix.endswith('.'):
-        prefix += '.'
-    found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    own = module.state_dict()
-    matched = [k for k in own if k in found]
-    new = [k for k in own if k not in found]
-    unused = [k for k in found if k not in own]
+    read = read_checkpoint(checkpoint, map_location, weights)
+    state_dict = select_weights(read, weights, checkpoint)
+    own, found = module.state_dict(), below(state_dict, prefix)
+    matched = [key for key in own if key in found]
+    new = [key for key in own if key not in found]
+    unused = [key for key in found if key not in own]
     if not matched:
         raise ValueError(
             f'No tensor of {checkpoint} below the prefix {prefix!r} fits {type(module).__name__}: '
             f'the file has keys like {", ".join(list(state_dict)[:3])}; '
             f'the network wants keys like {prefix}{next(iter(own))}.')
-    for key in matched:
-        if own[key].shape != found[key].shape:
-            raise ValueError(f'{checkpoint} does not fit {type(module).__name__}: {prefix}{key} '
-                             f'has shape {tuple(found[key].shape)}, but {tuple(own[key].shape)} is '
-                             'needed; is it another architecture, patch size or class count?')
+    check_network(own, found, checkpoint)
+    warn_of_other_function(module, read['meta'], checkpoint)
     module.load_state_dict(found, strict=False)
     which = f'{weights} weights' if weights else 'weights'
     print_log(f'Loaded {len(matched)} of {len(own)} tensors of {type(module).__name__} '
@@ -312,6 +312,69 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
               f'{", ".join(new) or "none"}. In the file, without a place: '
               f'{", ".join(unused) or "none"}.', logger='current')
     return matched, new, unused
+
+
+def below(state_dict, prefix):
+    """The tensors of a module, by their names within it."""
+    prefix = prefix and prefix.rstrip('.') + '.'
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
+            if name.startswith(prefix)}
+
+
+def check_network(own, found, name):
+    """Refuse tensors of another network.
+
+    Norms at the output may be new or go unused, for each task reads another output. So may
+    QK-norm where it does nothing: new weights start at one, unused ones must be one.
+
+    Args:
+        own (dict[str, Tensor]): Of the module.
+        found (dict[str, Tensor]): Of the checkpoint, under the same names.
+        name (str): What error messages call the checkpoint.
+
+    Raises:
+        ValueError: A tensor has another shape; one of a block, or of what precedes the blocks, is
+            missing or has no place.
+    """
+    for key in own.keys() & found.keys():
+        if own[key].shape != found[key].shape:
+            raise ValueError(f'{name} does not fit: {key} has shape {tuple(found[key].shape)}, '
+                             f'but {tuple(own[key].shape)} is needed; is it another architecture, '
+                             'patch size or class count?')
+
+    def inner(key):
+        return key.removeprefix('backbone.').split('.')[0] in INNER
+
+    def is_qk_norm(key):
+        return '.q_norm.' in key or '.k_norm.' in key
+
+    missing = [key for key in own if key not in found and inner(key) and not is_qk_norm(key)]
+    unused = [key for key in found if key not in own and inner(key) and not (
+        is_qk_norm(key) and (found[key] == key.endswith('weight')).all())]
+    if missing or unused:
+        raise ValueError(f'{name} holds another network: ' + '; '.join(
+            f'{what} {", ".join(keys[:3])}' + f' and {len(keys) - 3} more' * (len(keys) > 3)
+            for what, keys in (('it lacks', missing), ('there is no place for', unused)) if keys)
+            + '.')
+
+
+def warn_of_other_function(model, meta, name):
+    """Warn if a backbone computes something else with the tensors than what they were trained for.
+
+    Args:
+        model (nn.Module): A NEPAViT, or a model with one as ``backbone``; others are not looked at.
+        meta (dict): Of the checkpoint.
+        name (str): What the warning calls the checkpoint.
+    """
+    backbone = getattr(model, 'backbone', model)
+    function = getattr(backbone, 'function', {})
+    recorded = (recorded_model(meta, name) or {}).get('backbone', {}) if function else {}
+    defaults = signature(type(backbone)).parameters
+    for key, value in function.items():
+        trained = recorded.get(key, defaults[key].default)
+        if recorded.get('type') == type(backbone).__name__ and trained != value:
+            print_log(f'{name} was trained with {key}={trained}, and {key} is {value} here.',
+                      logger='current', level=logging.WARNING)
 
 
 def load_all(model, checkpoint, **kwargs):

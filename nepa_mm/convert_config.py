@@ -5,6 +5,7 @@ names, but those of this format, is ever built.
 """
 import ast
 import math
+from contextlib import suppress
 from inspect import signature
 
 from mmengine.registry import MODELS
@@ -159,6 +160,19 @@ def recorded_model(meta, path):
         raise ValueError(f'The config that {path} records is damaged, or is more than values: '
                          'give the config file itself.') from error
     return model
+
+
+def recorded_values(text):
+    """What a config text assigns, as far as it is values: {name: value}; nothing is executed."""
+    values = {}
+    try:
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                with suppress(ValueError, TypeError):
+                    values[node.targets[0].id] = _values(node.value)
+    except (SyntaxError, ValueError, TypeError, RecursionError):
+        pass
+    return values
 
 
 def _values(node):

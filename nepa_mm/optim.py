@@ -10,7 +10,13 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
 from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
-from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, PARAM_SCHEDULERS
+from mmengine.registry import (
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    PARAM_SCHEDULERS,
+)
 from mmengine.runner.amp import autocast
 from mmengine.utils import digit_version
 
@@ -106,6 +112,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.optimizer_cfg = dict(self.optimizer_cfg)
         if get_device() == 'cpu' and digit_version(torch.__version__) < digit_version('2.4'):
             self.optimizer_cfg.pop('fused', None)
+        kind = self.optimizer_cfg.get('type')
+        if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:
+            raise ValueError(f'There is no optimizer {kind!r}.')
         if self.base_lr is None or self.base_wd is None:
             raise ValueError('optimizer must state lr and weight_decay, '
                              f'got only {sorted(self.optimizer_cfg)}.')

@@ -9,7 +9,9 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image, ImageOps
 
 ORIENTATION = 0x0112    # EXIF: 1 is upright
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+# what Pillow reads and people call images
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.tif', '.tiff', '.bmp',
+                  '.gif', '.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.avif', '.tga')
 
 
 class DataError(ValueError):

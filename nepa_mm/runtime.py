@@ -9,8 +9,6 @@ import ctypes
 import gc
 import os
 import subprocess
-import sys
-from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config
@@ -20,7 +18,12 @@ from mmengine.runner import Runner
 from torch import distributed
 
 from .checkpoint import find_whole_checkpoint
+from .errors import one_sentence_errors, part
 from .reading import IMAGE_SUFFIXES
+from .run_check import RunCheckHook, check_batches
+
+__all__ = ['build_runner', 'check_checkpoint', 'check_data', 'dicts', 'load_config',
+           'one_sentence_errors', 'set_start', 'start_runner']
 
 # The layouts of the data sets in our configs, below `data_root`.
 LAYOUTS = dict(
@@ -29,28 +32,14 @@ LAYOUTS = dict(
     ADE20KDataset='{root}/images/{{training,validation}}/*.jpg and '
                   '{root}/annotations/{{training,validation}}/*.png')
 
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
 # How each launcher tells a process its place; mmengine reads the same variables.
 LAUNCHER_VARIABLES = dict(
     pytorch=dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE', LOCAL_RANK='LOCAL_RANK'),
     slurm=dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID'),
     mpi=dict(RANK='OMPI_COMM_WORLD_RANK', WORLD_SIZE='OMPI_COMM_WORLD_SIZE',
              LOCAL_RANK='OMPI_COMM_WORLD_LOCAL_RANK'))
-
-
-@contextmanager
-def one_sentence_errors():
-    """End the program with the message alone when the user's input is at fault.
-
-    Wraps the reading of the config, the checks of this module and the building of the Runner.
-    There a ``ValueError`` or ``FileNotFoundError`` speaks about the input: it goes to stderr and
-    the exit status is 2, as for a bad flag. Everything else, and everything later, keeps its
-    traceback.
-    """
-    try:
-        yield
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 def load_config(path, cfg_options=None, work_dir=None, launcher='none'):
@@ -98,6 +87,10 @@ def set_start(cfg, resume=None):
     for node in dicts(cfg.model):
         if node.get('type') == 'Pretrained':
             check_checkpoint(node['checkpoint'], "init_cfg of type 'Pretrained'")
+    if resume:      # asked for, so another experiment is meant
+        hooks = cfg.setdefault('default_hooks', {})
+        hooks.run_check = dict(hooks.get('run_check') or dict(type='RunCheckHook'),
+                               other_experiment='warn')
     if resume not in (None, False, 'auto'):
         check_checkpoint(resume, '--resume')
         cfg.resume, cfg.load_from = True, resume
@@ -147,8 +140,11 @@ def check_data(cfg, *loaders):
             wanted = [os.path.join(root, prefix) for prefix in prefixes]
             if dataset.get('ann_file'):
                 wanted.append(os.path.join(root, dataset['ann_file']))
+            labelled = kind == 'ImageNet' or (
+                kind == 'CustomDataset' and dataset.get('with_label', True)
+                and (cfg.get('model') or {}).get('type') != 'NEPA')
             for path in wanted:
-                problem = _data_problem(path)
+                problem = _data_problem(path, labelled and not dataset.get('ann_file'))
                 if problem:
                     layout = LAYOUTS.get(kind, '').format(root=root.rstrip('/') or '.')
                     raise FileNotFoundError(
@@ -158,17 +154,23 @@ def check_data(cfg, *loaders):
                         'place).')
 
 
-def _data_problem(path):
-    """What is wrong with a data folder or annotation file, or None."""
+def _data_problem(path, labelled):
+    """What is wrong with a data folder or annotation file, or None.
+
+    With ``labelled`` the folder has to have a folder of images for every class.
+    """
     path = os.path.expanduser(path)
     if '://' in path or os.path.isfile(path):
         return None
     if not os.path.exists(path):
         return 'does not exist'
-    for _, _, files in os.walk(path, followlinks=True):
+    flat = False
+    for folder, _, files in os.walk(path, followlinks=True):
         if any(file.lower().endswith(IMAGE_SUFFIXES) for file in files):
-            return None
-    return 'holds no image'
+            if not labelled or folder != path:
+                return None
+            flat = True
+    return 'has images, but no folders of classes' if flat else 'holds no image'
 
 
 def build_runner(cfg):
@@ -188,12 +190,50 @@ def build_runner(cfg):
     keep_freed_memory()
     world_size = _read_launcher(cfg.launcher)
     notes = scale_lr(cfg, world_size)
+    _fill_datasets(cfg)
     _fill_dataloaders(cfg)
     if cfg.launcher != 'none' and get_device() == 'cpu':
         notes += _prepare_cpu_group(cfg)
     runner: Runner = RUNNERS.build(cfg)
     for note in notes:
         runner.logger.info(note)
+    if not any(isinstance(hook, RunCheckHook) for hook in runner.hooks):
+        runner.register_hook(RunCheckHook())
+    return runner
+
+
+def start_runner(cfg, start, stage):
+    """Build the Runner of a tool, and all that it would build later.
+
+    Args:
+        cfg (Config): See :func:`build_runner`.
+        start (Start): What :func:`one_sentence_errors` yields.
+        stage (str): 'train' or 'test'.
+
+    Returns:
+        Runner: Its ``train()`` or ``test()`` builds nothing more.
+
+    Raises:
+        ValueError: Something cannot be built; the sentence begins with the part of the config.
+    """
+    start.before_writing(cfg)
+    with part('config'):
+        runner = build_runner(cfg)
+    runner.register_hook(start)
+    if stage == 'test':
+        with part('test_dataloader'):
+            _ = runner.test_loop    # a property that builds
+        return runner
+    with part('train_dataloader'):
+        _ = runner.train_loop
+    check_batches(runner)
+    with part('optim_wrapper'):
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    with part('param_scheduler'):
+        if runner.param_schedulers is not None:
+            runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+    with part('val_dataloader'):
+        _ = runner.val_loop
     return runner
 
 
@@ -246,12 +286,23 @@ def scale_lr(cfg, world_size):
             f'lr {old:g} -> {optimizer.lr:g}.']
 
 
+def _fill_datasets(cfg):
+    """Let folders give every image, and need no classes where no label is read."""
+    for name in LOADERS:
+        for dataset in dicts(cfg.get(name) or {}):
+            if str(dataset.get('type')).rpartition('.')[2] == 'CustomDataset':
+                dataset.setdefault('extensions', IMAGE_SUFFIXES)
+                if (cfg.model.get('type') == 'NEPA' and name == 'train_dataloader'
+                        and not dataset.get('ann_file')):
+                    dataset.with_label = False
+
+
 def _fill_dataloaders(cfg):
     """Add the dataloader settings that mmpretrain's base configs leave to its tools."""
     defaults = dict(pin_memory=torch.cuda.is_available())
     if cfg.get('default_scope') != 'mmseg':  # whose images differ in size and stay a list
         defaults['collate_fn'] = dict(type='default_collate')
-    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+    for name in LOADERS:
         loader = cfg.get(name)
         if loader:
             for key, value in defaults.items():

@@ -31,7 +31,7 @@ def test_mixing_equals_timm(value):
     images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 3, 9, 9, 5, 1])
     ours, targets = images.clone(), torch.nn.functional.one_hot(labels, 10)
     seed(value)
-    ours, targets = TimmBatchAugment(num_classes=10)(ours, targets)
+    ours, targets = TimmBatchAugment()(ours, targets)
     seed(value)
     theirs = RandomErasing(0.25, mode='pixel', max_count=1, device='cpu')(images.clone())
     theirs, expected = Mixup(mixup_alpha=0.8, cutmix_alpha=1., prob=1., switch_prob=0.5,
@@ -43,7 +43,7 @@ def test_mixing_equals_timm(value):
 
 def test_partner_is_the_mirrored_image():
     images = torch.arange(4.).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
-    augment = TimmBatchAugment(num_classes=4, erase_prob=0., cutmix_alpha=0., label_smoothing=0.)
+    augment = TimmBatchAugment(erase_prob=0., cutmix_alpha=0., label_smoothing=0.)
     seed(0)
     mixed, targets = augment(images, torch.eye(4))
     lam = targets[0, 0]
@@ -54,7 +54,7 @@ def test_partner_is_the_mirrored_image():
 
 def test_odd_batch():
     with pytest.raises(ValueError, match='even batch size, got 3'):
-        TimmBatchAugment(num_classes=2)(torch.randn(3, 3, 8, 8), torch.eye(3)[:, :2])
+        TimmBatchAugment()(torch.randn(3, 3, 8, 8), torch.eye(3)[:, :2])
 
 
 def test_loss_of_a_batch_equals_timm():
@@ -119,7 +119,7 @@ def test_parameters_of_the_reference():
 def test_erasing_statistics():
     """A quarter of the images, one rectangle of 2 to 33 %, normal noise."""
     seed(0)
-    augment = TimmBatchAugment(num_classes=2, erase_prob=0.25)
+    augment = TimmBatchAugment(erase_prob=0.25)
     augment.mixup.mixup_enabled = False
     images, _ = augment(torch.full((800, 1, 40, 40), 9.), torch.eye(2)[torch.zeros(800).long()])
     erased = (images != 9).flatten(1)

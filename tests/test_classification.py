@@ -32,9 +32,6 @@ def shrink(cfg, images, work_dir):
         cfg.model.head.num_heads = 2
     if cfg.model.get('neck'):
         cfg.model.neck.input_features = 32
-    cfg.model.data_preprocessor.num_classes = 2
-    if cfg.model.data_preprocessor.batch_augments:
-        cfg.model.data_preprocessor.batch_augments.augments.num_classes = 2
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.data_root = str(images)
         if loader.dataset.type == 'ImageNet':

@@ -187,7 +187,7 @@ class MadeUp(BaseModel):
 
 def run_made_up(kind, work_dir, **kwargs):
     torch.manual_seed(0)
-    hook = dict(type='NEPAMonitorHook', interval=1, **kwargs)
+    hook = dict(type='NEPAMonitorHook', interval=1, **(dict(copy_grace=0) | kwargs))
     return run(MadeUp(kind), work_dir, hook, images=torch.randn(20, 16, 32))
 
 
@@ -206,6 +206,11 @@ def test_warnings(tmp_path, kind, message):
     evidence, index = dict(collapsed=('embedding_std', 0), copying=('copy_cosine', 2))[kind]
     value = runner.message_hub.get_scalar(f'train/{evidence}').data[0][index]
     assert f'{evidence} {value:.4f}' in lines[0]
+
+
+def test_short_runs_are_not_judged_as_copies(tmp_path):
+    run_made_up('copying', tmp_path, copy_grace=1000)
+    assert ' at iteration ' not in log_of(tmp_path)
 
 
 @pytest.mark.parametrize('kind', ['collapsed', 'copying', 'healthy'])

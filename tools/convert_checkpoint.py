@@ -93,7 +93,6 @@ def config_text(model, config, src):
     if classifier:
         classes = dict(num_classes=model['head']['num_classes'])
         changes['head'] = dict(classes, in_channels=config['hidden_size'])
-        changes['data_preprocessor'].update(classes, batch_augments=dict(augments=classes))
     cfg = dict(model=changes)
     if classifier and isinstance(size, int) and size != DEFAULTS['image_size']:
         pipeline = [

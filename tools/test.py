@@ -99,15 +99,15 @@ def augment(cfg):
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the metrics."""
     args = parse_args(argv)
-    with runtime.one_sentence_errors():
+    with runtime.one_sentence_errors() as start:
         cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
-        runner = runtime.build_runner(cfg)
+        runner = runtime.start_runner(cfg, start, 'test')
         load_all(runner.model, cfg.load_from)     # the Runner itself would only warn
         if args.out and args.out_item == 'pred' and not is_segmentation(cfg):
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    metrics = runner.test()
+        metrics = runner.test()
     if args.out and args.out_item == 'metrics' and runner.rank == 0:
         mmengine.dump(metrics, args.out)
     return metrics

@@ -63,12 +63,12 @@ def merge_args(cfg, args):
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the Runner."""
     args = parse_args(argv)
-    with runtime.one_sentence_errors():
+    with runtime.one_sentence_errors() as start:
         cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         merge_args(cfg, args)
         runtime.check_data(cfg, 'train_dataloader', 'val_dataloader')
-        runner = runtime.build_runner(cfg)
-    runner.train()
+        runner = runtime.start_runner(cfg, start, 'train')
+        runner.train()
     return runner
 
 

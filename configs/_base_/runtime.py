@@ -10,6 +10,7 @@ default_hooks = dict(
     checkpoint=dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=3),
     resume=dict(type='ExactResumeHook'),
     guard=dict(type='NonFiniteGuardHook'),
+    run_check=dict(type='RunCheckHook'),     # data, classes, schedule, weights: before step 1
     unreadable=dict(type='UnreadableImageHook'))     # replaces samples without a label only
 
 randomness = dict(seed=1337, diff_rank_seed=True)

@@ -25,8 +25,5 @@ _base_ = [
 ]
 
 # both sets of weights are evaluated; the best average is kept
-custom_hooks = [
-    dict(type='ModelEMAHook', momentum=1e-4, evaluate_on_origin=True),
-    dict(type='LabelCheckHook'),
-]
+custom_hooks = [dict(type='ModelEMAHook', momentum=1e-4, evaluate_on_origin=True)]
 default_hooks = dict(checkpoint=dict(save_best='accuracy/top1', rule='greater'))

@@ -47,4 +47,4 @@ param_scheduler = dict(
     convert_to_iter_based=True)
 train_cfg = dict(max_epochs=90)
 auto_scale_lr = dict(base_batch_size=16384)
-custom_hooks = [dict(type='LabelCheckHook')]
+custom_hooks = []

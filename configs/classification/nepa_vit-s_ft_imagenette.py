@@ -18,9 +18,7 @@ model = dict(
         patch_size=16,
         layer_scale_init_value=0.1,
         init_cfg=dict(checkpoint='work_dirs/nepa_vit-s_imagenette/epoch_1600.pth')),
-    head=dict(in_channels=384, num_classes=10),
-    data_preprocessor=dict(
-        num_classes=10, batch_augments=dict(augments=dict(num_classes=10))))
+    head=dict(in_channels=384, num_classes=10))
 
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
 train_pipeline[1].scale = 160
@@ -37,7 +35,4 @@ batch = 128
 optim_wrapper = dict(
     optimizer=dict(lr=_base_.base_lr * batch / 256), paramwise_cfg=dict(head_lr=1e-3))
 auto_scale_lr = dict(base_batch_size=batch)
-custom_hooks = [
-    dict(type='ModelEMAHook', momentum=1e-3, evaluate_on_origin=True),
-    dict(type='LabelCheckHook'),
-]
+custom_hooks = [dict(type='ModelEMAHook', momentum=1e-3, evaluate_on_origin=True)]

@@ -85,6 +85,7 @@ default_hooks = dict(
     runtime_info=dict(type='DeferredRuntimeInfoHook'),
     checkpoint=dict(type='WholeCheckpointHook', max_keep_ckpts=3),
     resume=dict(type='ExactResumeHook'),
-    guard=dict(type='NonFiniteGuardHook'))
+    guard=dict(type='NonFiniteGuardHook'),
+    run_check=dict(type='RunCheckHook'))
 randomness = dict(seed=1337, diff_rank_seed=True)
 resume = True   # from the newest checkpoint in the work_dir; tools/train.py --no-resume starts anew

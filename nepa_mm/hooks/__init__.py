@@ -2,7 +2,6 @@
 from .checkpoint import WholeCheckpointHook
 from .ema import ModelEMAHook
 from .guard import NonFiniteGuardHook
-from .labels import LabelCheckHook
 from .monitor import NEPAMonitorHook
 from .probe import OnlineProbeHook
 from .resume import ExactResumeHook
@@ -10,6 +9,6 @@ from .scalars import DeferredRuntimeInfoHook
 from .throughput import ThroughputHook
 from .unreadable import UnreadableImageHook
 
-__all__ = ['DeferredRuntimeInfoHook', 'ExactResumeHook', 'LabelCheckHook', 'ModelEMAHook',
+__all__ = ['DeferredRuntimeInfoHook', 'ExactResumeHook', 'ModelEMAHook',
            'NEPAMonitorHook', 'NonFiniteGuardHook', 'OnlineProbeHook', 'ThroughputHook',
            'UnreadableImageHook', 'WholeCheckpointHook']

@@ -92,14 +92,15 @@ class NEPAMonitorHook(Hook):
 
     - collapse: ``embedding_std`` is below 0.1, which is a mean cosine of 0.99 between
       embeddings of arbitrary patches (Table 1a, no stop-gradient);
-    - copying: ``lift`` is negative after the first fifth of the run, so outputs resemble
-      what was read more than what comes next (Table 1a, no shift). Before that it may be
-      negative in a healthy run, too.
+    - copying: ``lift`` is negative after the first fifth of the run and after
+      ``copy_grace`` iterations, so outputs resemble what was read more than what comes next
+      (Table 1a, no shift). A healthy network begins as a copy and needs that long to leave it.
 
     Args:
         interval (int): Iterations between two measurements. Defaults to 100.
         num_images (int): How many images of the local batch are looked at. Defaults
             to 64.
+        copy_grace (int): Iterations before which copying is not judged. Defaults to 1000.
         stop_on_collapse (bool): Whether collapse and copying end the run with an error
             instead of a warning. Defaults to False.
 
@@ -110,14 +111,14 @@ class NEPAMonitorHook(Hook):
     """
 
     priority = 'ABOVE_NORMAL'   # before the timer: its cost is no waiting for data
-    MIN_STD, COPY_GRACE = 0.1, 0.2
+    MIN_STD, COPY_SHARE = 0.1, 0.2
 
-    def __init__(self, interval=100, num_images=64, stop_on_collapse=False):
+    def __init__(self, interval=100, num_images=64, copy_grace=1000, stop_on_collapse=False):
         if interval < 1 or num_images < 1:
             raise ValueError('interval and num_images must be positive, '
                              f'got {interval} and {num_images}.')
         self.interval, self.num_images = interval, num_images
-        self.stop_on_collapse = stop_on_collapse
+        self.copy_grace, self.stop_on_collapse = copy_grace, stop_on_collapse
         self.caught, self.handles, self.warned = {}, [], set()
 
     def before_train(self, runner):
@@ -163,7 +164,7 @@ class NEPAMonitorHook(Hook):
                 '(embedding_std {embedding_std:.4f}, effective rank {embedding_rank:.1f}), which '
                 'any constant predicts (next_cosine {next_cosine:.4f}).'
             ).format(iteration, **result))
-        elif result['lift'] < 0 and iteration > self.COPY_GRACE * max_iters:
+        elif result['lift'] < 0 and iteration > max(self.COPY_SHARE * max_iters, self.copy_grace):
             self._warn('copying', (
                 'Copying at iteration {}: the outputs resemble the patch just read (copy_cosine '
                 '{copy_cosine:.4f}) more than the one to predict (next_cosine {next_cosine:.4f}, '

@@ -5,18 +5,11 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
+from ..classes import leaves
 from ..reading import UnreadableImageError
 from .resume import derive_seed, run_seed
 
 ATTEMPTS = 100
-
-
-def leaves(dataset):
-    """The data sets below wrappers such as RepeatDataset and ConcatDataset."""
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    if inner == [None]:
-        return [dataset]
-    return [leaf for one in inner for leaf in leaves(one)]
 
 
 class ReadableSamples:

@@ -1,0 +1,103 @@
+"""Errors of the user's input: one sentence, exit status 2, and nothing left behind."""
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+
+from .reading import DataError
+
+TRACEBACK = 'NEPA_MM_TRACEBACK'
+
+
+class Start(Hook):
+    """A run up to its first step: whether that is done, and what was written until then."""
+
+    priority = 'VERY_HIGH'
+    begun = False
+
+    def __init__(self):
+        self.config, self.copy, self.new_folders = None, None, []
+
+    def before_writing(self, cfg):
+        """Note what is there, before a Runner is built from ``cfg``."""
+        work_dir = Path(cfg.work_dir).absolute()
+        self.config = work_dir / Path(cfg.filename or '').name
+        self.copy = self.config.read_bytes() if self.config.is_file() else None
+        self.old = set(work_dir.iterdir()) if work_dir.is_dir() else set()
+        self.new_folders = [folder for folder in (work_dir, *work_dir.parents)
+                            if not folder.exists()]
+
+    def undo(self):
+        """Remove what a refused run has written: log, copy of the config, new folders."""
+        if self.config is None:
+            return
+        work_dir = self.config.parent
+        logger = MMLogger.get_current_instance()
+        for handler in list(logger.handlers):
+            folder = Path(getattr(handler, 'baseFilename', '/')).parent
+            if folder.parent == work_dir and folder not in self.old:
+                logger.removeHandler(handler)
+                handler.close()
+                shutil.rmtree(folder, ignore_errors=True)
+        if self.copy is not None:
+            self.config.write_bytes(self.copy)
+        elif self.config.is_file():
+            self.config.unlink()
+        for folder in self.new_folders:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        """The run has begun."""
+        self.begun = True
+
+    before_val_iter = before_test_iter = before_train_iter
+
+
+@contextmanager
+def one_sentence_errors():
+    """End the program with one sentence and status 2 where the user's input is at fault.
+
+    That is a :class:`DataError` at any time, also in a worker; and, up to the first step of a run,
+    a ``ValueError`` or ``OSError``. Everything else keeps its traceback, and with
+    ``NEPA_MM_TRACEBACK=1`` in the environment these do, too.
+
+    Yields:
+        Start: To be registered as a hook of the Runner.
+    """
+    start = Start()
+    try:
+        yield start
+    except Exception as error:
+        known = isinstance(error, DataError) or (
+            isinstance(error, (ValueError, OSError)) and not start.begun)
+        if not start.begun:
+            start.undo()
+        if not known or os.environ.get(TRACEBACK):
+            raise
+        print(f'error: {reason(error)}', file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+@contextmanager
+def part(name):
+    """Say which part of a config an error belongs to, whatever its class."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        odd = '' if isinstance(error, (ValueError, OSError)) else f' ({TRACEBACK}=1 shows where)'
+        raise ValueError(f'{name}: {reason(error)}{odd}') from error
+
+
+def reason(error):
+    """The first line of an error, or the sentence of one that a worker sent."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    if 'in DataLoader worker' in text:
+        text = text.split('\n')[-1].partition(': ')[2]
+    return text.split('\n')[0].split(' Please check whether the value')[0] or type(error).__name__

@@ -1,0 +1,328 @@
+"""The check of a run before its first step: data, classes, schedule, averages, monitors, weights.
+
+What cannot be right raises a ValueError of one sentence; what is odd is one warning.
+"""
+import logging
+import math
+
+from mmengine import dist
+from mmengine.hooks import EMAHook, Hook
+from mmengine.logging import print_log
+from mmengine.optim.scheduler.param_scheduler import INF
+from mmengine.registry import HOOKS
+
+from .augment import TimmBatchAugment
+from .checkpoint import below, check_network, warn_of_other_function
+from .classes import (
+    check_labels,
+    classes_of,
+    folders_of,
+    follow,
+    follow_folders,
+    has_labels,
+    leaves,
+    left_out,
+    listed,
+)
+from .convert_config import recorded_values
+
+# Options of a model that change how it computes, not what.
+SAME_FUNCTION = ('init_cfg', 'with_cp', 'compile_blocks', 'bf16_residual')
+# Parts of two configs that are compared before one goes on from the other's checkpoint.
+COMPARED = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg',
+            'custom_hooks')
+# Schedulers that leave the learning rate at its last value, small as a rule, when they end early.
+FALLING = ('LayerDecayCosineLR', 'CosineAnnealingLR', 'PolyLR', 'OneCycleLR')
+
+
+def network(model):
+    """The network within DistributedDataParallel and test-time augmentation."""
+    while hasattr(model, 'module'):
+        model = model.module
+    return model
+
+
+def check_batches(runner):
+    """Refuse batches that the data set cannot fill, and odd ones where Mixup needs pairs.
+
+    Raises:
+        ValueError: There is no batch; Mixup would get an odd number of images.
+    """
+    loader = runner.train_dataloader
+    size, num = getattr(loader, 'batch_size', None), len(loader.dataset)
+    sampler = getattr(loader.batch_sampler, 'batch_size', size)
+    size = size or sampler
+    share = math.ceil(num / dist.get_world_size())
+    if not num:
+        raise ValueError('train_dataloader has no image.')
+    if size and not len(loader):
+        processes = f' for each of {dist.get_world_size()} processes' * (share < num)
+        raise ValueError(f'train_dataloader.batch_size is {size}, but the data set has {share} '
+                         f'images{processes} and drop_last is on: there is no whole batch.')
+    preprocessor = getattr(network(runner.model), 'data_preprocessor', None)
+    augments = getattr(getattr(preprocessor, 'batch_augments', None), 'augments', [])
+    if size and any(isinstance(augment, TimmBatchAugment) for augment in augments):
+        last = 0 if loader.drop_last or getattr(loader.batch_sampler, 'drop_last', False) \
+            else share % size
+        if size % 2 or last % 2:
+            raise ValueError(
+                'Mixup pairs the images of a batch, so its size must be even: '
+                f'train_dataloader.batch_size is {size}'
+                + (f' and the last batch has {last} images; set train_dataloader.drop_last=True.'
+                   if last % 2 else '.'))
+
+
+@HOOKS.register_module()
+class RunCheckHook(Hook):
+    """Check the whole run before its first step; tools/train.py and tools/test.py always do.
+
+    - Classes: names of training, validation, test data and checkpoint are compared, and labels
+      follow the names. ``model.head.num_classes`` is all that a config states: the data
+      preprocessor and Mixup get it from there, and ``topk`` of an Accuracy is cut to it.
+    - Data: images of the folder that are no samples; evaluations that leave out images.
+    - Schedule: it ends with the run.
+    - EMA: it has time to leave its first weights. Monitors: their interval fits the run.
+    - Weights: ``load_from`` fits the network; what the config resumes by itself is the same
+      experiment.
+
+    Args:
+        odd (str): What becomes of a schedule of another length than the run and of an average
+            that stays where it began: 'error' or 'warn', for trials on purpose. Defaults to
+            'error'.
+        other_experiment (str): What becomes of a checkpoint to resume whose model or training
+            data are not the config's: 'error' or 'warn', which --resume sets. Defaults to 'error'.
+
+    Raises:
+        ValueError: Something cannot be right; the sentence says what, and what to do.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, odd='error', other_experiment='error'):
+        for name, value in dict(odd=odd, other_experiment=other_experiment).items():
+            if value not in ('error', 'warn'):
+                raise ValueError(f"{name} must be 'error' or 'warn', got {value!r}.")
+        self.odd, self.other_experiment = odd, other_experiment
+        self.classes, self.source = None, None      # of what was loaded
+
+    # ------------------------------------------------------------------ weights
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        """Compare weights with the network, and a checkpoint to resume with the config."""
+        own, loaded = network(runner.model).state_dict(), checkpoint.get('state_dict', {})
+        source = runner._load_from
+        meta = checkpoint.get('meta') or {}
+        if runner._resume:
+            self._check_experiment(runner, meta, source)
+        else:
+            check_network(below(own, 'backbone.'), below(loaded, 'backbone.'), source)
+            warn_of_other_function(network(runner.model), meta, source)
+            new = [name for name, tensor in own.items() if not name.startswith('backbone.')
+                   and (name not in loaded or loaded[name].shape != tensor.shape)]
+            if new:
+                self._warn(f'{source} has no {listed(new)} of that shape: they keep their initial '
+                           'value.')
+        if any(name.startswith('head.') for name in loaded):
+            self.classes = (meta.get('dataset_meta') or {}).get('classes')
+            self.source = source
+
+    def _check_experiment(self, runner, meta, source):
+        """Compare the config that a checkpoint records with that of the run which resumes it."""
+        old, new = (recorded_values(text) for text in (
+            str(meta.get('cfg', '')), runner.cfg.pretty_text))
+        found = {}
+        for key in COMPARED if old else ():
+            found |= differences(old.get(key), new.get(key), key)
+        found = {path: pair for path, pair in found.items()
+                 if not set(SAME_FUNCTION) & set(path.split('.'))}
+        other = {path: pair for path, pair in found.items()
+                 if path.startswith(('model.', 'train_dataloader.dataset.'))}
+        if other and self.other_experiment == 'error':
+            raise ValueError(
+                f'{runner.work_dir} holds a checkpoint of another experiment: {in_words(other)}. '
+                'Give another --work-dir, or --no-resume to start anew, or --resume to go on all '
+                'the same.')
+        if found:
+            self._warn(f'The config differs from that of {source}: {in_words(found)}.')
+
+    # ------------------------------------------------------------------ stages
+
+    def before_train(self, runner):
+        """Check a training run."""
+        check_batches(runner)
+        train = runner.train_dataloader.dataset
+        self._check_dataset(train, 'train_dataloader')
+        classes, folders = classes_of(train), folders_of(leaves(train)[0])
+        if self.classes and classes:
+            self._follow(train, 'train_dataloader', self.classes, self.source)
+        self._check_head(runner, train, 'train_dataloader')
+        if runner.val_loop is not None:
+            self._check_evaluation(runner, runner.val_loop, 'val_dataloader', classes,
+                                   'train_dataloader', folders)
+        for sentence in schedule_problems(runner) + average_problems(runner):
+            self._odd(sentence)
+        for sentence in idle_averages(runner) + silent_hooks(runner):
+            self._warn(sentence)
+
+    def before_val(self, runner):
+        """Check a validation that is no part of a training."""
+        if runner._train_loop is None or isinstance(runner._train_loop, dict):
+            self._check_evaluation(runner, runner.val_loop, 'val_dataloader', self.classes,
+                                   self.source)
+
+    def before_test(self, runner):
+        """Check a test."""
+        self._check_evaluation(runner, runner.test_loop, 'test_dataloader', self.classes,
+                               self.source)
+
+    # ------------------------------------------------------------------ parts
+
+    def _check_dataset(self, dataset, whose):
+        for leaf in leaves(dataset):
+            if has_labels(leaf):
+                follow_folders(leaf, whose)
+            count, example = left_out(leaf)
+            if count:
+                self._warn(f'{whose}: {count} images below {leaf.img_prefix} are left out, e.g. '
+                           f'{example}.')
+
+    def _check_evaluation(self, runner, loop, whose, classes, others, folders=None):
+        loader = loop.dataloader
+        dataset, rest = loader.dataset, len(loader.dataset) % (loader.batch_size or 1)
+        if loader.drop_last and rest:
+            raise ValueError(f'{whose}.drop_last leaves out {rest} of {len(dataset)} images of the '
+                             'evaluation; set it to False.')
+        self._check_dataset(dataset, whose)
+        if classes:
+            self._follow(dataset, whose, classes, others, folders)
+        self._check_head(runner, dataset, whose, loop.evaluator.metrics)
+
+    def _follow(self, dataset, whose, classes, others, folders=None):
+        for leaf in leaves(dataset):
+            if has_labels(leaf):
+                for sentence in follow(leaf, whose, classes, others, folders):
+                    self._warn(sentence)
+
+    def _check_head(self, runner, dataset, whose, metrics=()):
+        """Labels against outputs; tell the number of outputs to all who need it."""
+        model = network(runner.model)
+        num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
+        if num_classes is None:
+            return
+        for leaf in leaves(dataset):
+            if has_labels(leaf):
+                check_labels(leaf, whose, num_classes)
+        preprocessor = model.data_preprocessor
+        if getattr(preprocessor, 'num_classes', num_classes) is None:
+            preprocessor.num_classes = num_classes
+        elif getattr(preprocessor, 'num_classes', num_classes) != num_classes:
+            raise ValueError(f'model.data_preprocessor.num_classes is {preprocessor.num_classes}, '
+                             f'but model.head.num_classes {num_classes}; leave the first out.')
+        for metric in metrics:
+            topk = getattr(metric, 'topk', ())
+            if topk and max(topk) > num_classes:
+                metric.topk = tuple(k for k in topk if k <= num_classes)
+                self._warn(f'{whose}: {type(metric).__name__} has topk={tuple(topk)}, but there '
+                           f'are {num_classes} classes: topk={metric.topk}.')
+
+    def _odd(self, sentence):
+        if self.odd == 'error':
+            raise ValueError(sentence)
+        self._warn(sentence)
+
+    def _warn(self, sentence):
+        print_log(sentence, logger='current', level=logging.WARNING)
+
+
+# ---------------------------------------------------------------------- time
+
+
+def schedule_problems(runner):
+    """Sentences about schedulers that end with another step than the run."""
+    schedulers = runner.param_schedulers or []
+    if isinstance(schedulers, dict):
+        schedulers = [one for group in schedulers.values() for one in group]
+    sentences = []
+    for by_epoch in (True, False):
+        length = runner.max_epochs if by_epoch else runner.max_iters
+        ends = [(end_of(one), type(one).__name__) for one in schedulers
+                if one.by_epoch == by_epoch and end_of(one) < INF]
+        for end, name in sorted(ends)[-1:]:
+            if end > length or end < length and name in FALLING:
+                unit, step = ('epoch', 1) if by_epoch else ('iteration', 1)
+                iterations = len(runner.train_dataloader)
+                if not by_epoch and not end % iterations and length == (
+                        runner.max_epochs * iterations):    # a config that counts epochs
+                    unit, step = 'epoch', iterations
+                sentences.append(
+                    f'param_scheduler: {name} ends after {unit} {end // step}, but the run after '
+                    f'{length // step}; set param_scheduler.end={length // step}, or train_cfg to '
+                    'the length of the schedule.')
+    return sentences
+
+
+def end_of(scheduler):
+    """The step at which a scheduler ends, ``INF`` if it does not say."""
+    length = getattr(scheduler, 'T_max', None)
+    return min(getattr(scheduler, 'end', INF), scheduler.begin + length if length else INF)
+
+
+def averages(runner):
+    """(hook, momentum, share of the first weights at the end of the run, updates) of each EMA."""
+    counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+    for hook in runner.hooks:
+        momentum = getattr(getattr(hook, 'ema_model', None), 'momentum', None)
+        if isinstance(hook, EMAHook) and momentum:
+            updates = math.ceil(runner.max_iters / counts) // hook.ema_model.interval
+            yield hook, momentum, (1 - momentum) ** max(updates - 1, 0), updates
+
+
+def _average_sentence(hook, momentum, share, updates):
+    return (f'{type(hook).__name__}: with momentum {momentum:g} and {updates} updates the average '
+            f'stays {math.floor(100 * share)} % the first weights; a momentum of '
+            f'{min(10 / max(updates, 1), 0.5):.1g} would suit this run.')
+
+
+def average_problems(runner):
+    """Sentences about averages that are their first weights for the most part."""
+    return [_average_sentence(*one) for one in averages(runner) if one[2] > 0.5]
+
+
+def idle_averages(runner):
+    """Sentences about averages in which the first weights still count."""
+    return [_average_sentence(*one) for one in averages(runner) if 0.05 < one[2] <= 0.5]
+
+
+def silent_hooks(runner):
+    """Sentences about monitors whose interval is longer than the run."""
+    return [f'{type(hook).__name__} speaks every {hook.interval} iterations, and the run has '
+            f'{runner.max_iters}: it never does; set its interval.'
+            for hook in runner.hooks
+            if type(hook).__name__ in ('NEPAMonitorHook', 'ThroughputHook')
+            and hook.interval > runner.max_iters]
+
+
+# ---------------------------------------------------------------------- experiments
+
+
+def differences(old, new, path=''):
+    """Where two nested configs differ: {dotted path: (old value, new value)}."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = {}
+        for key in {**old, **new}:
+            found |= differences(old.get(key), new.get(key), f'{path}.{key}'.lstrip('.'))
+        return found
+    if (isinstance(old, (list, tuple)) and isinstance(new, (list, tuple))
+            and len(old) == len(new)):
+        found = {}
+        for i, pair in enumerate(zip(old, new)):
+            found |= differences(*pair, f'{path}.{i}')
+        return found
+    same = old == new or {str(old), str(new)} <= {'BN', 'SyncBN'}
+    return {} if same else {path: (old, new)}
+
+
+def in_words(found):
+    """The first few of :func:`differences`."""
+    return '; '.join(f'{path} is {str(new)[:60]} and was {str(old)[:60]}'
+                     for path, (old, new) in list(found.items())[:4])

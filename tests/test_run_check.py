@@ -1,0 +1,339 @@
+"""What tools/train.py and tools/test.py see before the first step, as a user types them."""
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from .conftest import REPO, TINY
+from .tiny_runs import (
+    options,
+    run_script,
+    run_test,
+    run_train,
+    save_constant,
+    save_image,
+    save_pretraining,
+)
+
+COUNT = itertools.count()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def classes(**counts):
+    """Folders of images, e.g. ``classes(train=dict(ant=2, bee=1))``."""
+    for split, names in counts.items():
+        for name, count in names.items():
+            for i in range(count):
+                save_image(Path(f'data/{split}/{name}/{i}.jpg'))
+
+
+def save_config(name='run.py', **changes):
+    """The released fine-tuning recipe, tiny, on data/train and data/val, for two epochs."""
+    cfg = Config.fromfile(REPO / 'configs/classification/nepa_vit-b_ft_in1k.py')
+    cfg.model.backbone.update(arch=TINY, init_cfg=None)
+    cfg.merge_from_dict({
+        'model.head.in_channels': 32, 'model.head.num_classes': 3, 'train_cfg.max_epochs': 2,
+        'param_scheduler.end': 2,
+        'custom_hooks': [dict(type='ModelEMAHook', momentum=0.5, evaluate_on_origin=True)]})
+    for split in ('train', 'val'):
+        pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(28, 28)),
+                    dict(type='PackInputs')]
+        cfg[f'{split}_dataloader'].pop('dataset')
+        cfg[f'{split}_dataloader'].update(
+            batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(
+                type='CustomDataset', data_root='data', data_prefix=split, pipeline=pipeline))
+    cfg.test_dataloader = cfg.val_dataloader
+    cfg.merge_from_dict(changes)
+    cfg.dump(name)
+    return name
+
+
+def save_classifier(names, config='run.py', path='last.pth'):
+    """A checkpoint that always says the last of ``names``."""
+    save_constant('mmpretrain', Config.fromfile(config).model, 'head.fc', path)
+    checkpoint = torch.load(path)
+    torch.save(dict(checkpoint, meta=dict(dataset_meta=dict(classes=names))), path)
+    return path
+
+
+def refused(sentence, tool, *args):
+    """The command ends with status 2, one sentence, and nothing written."""
+    before = sorted(Path().rglob('*'))
+    name = f'experiment_name=refused{next(COUNT)}'      # mmengine keeps a logger for every name
+    args = [*map(str, args), *([] if '--cfg-options' in args else ['--cfg-options']), name]
+    with pytest.raises(SystemExit) as error:
+        tool(args)
+    assert error.value.code == 2
+    message = str(error.value.__cause__)
+    assert re.search(sentence, message), message
+    assert '\n' not in message
+    assert sorted(Path().rglob('*')) == before
+
+
+def warnings(runner):
+    return [line.partition('WARNING - ')[2]
+            for line in next(Path(runner.log_dir).glob('*.log')).read_text().split('\n')
+            if ' WARNING - ' in line]
+
+
+# ---------------------------------------------------------------- classes are names
+
+
+def test_unknown_class(folder):
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(bee=2, cat=2, dog=2))
+    config = save_config()
+    refused('val_dataloader has the class dog.*train_dataloader.*ant, bee, cat',
+            run_train, config)
+    checkpoint = save_classifier(('ant', 'bee', 'cat'))
+    refused('test_dataloader has the class dog.*last.pth.*ant, bee, cat', run_test, config,
+            checkpoint)
+
+
+def test_fewer_classes_in_validation(folder):
+    """The network says cat, as three of the four images are."""
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(bee=1, cat=3))
+    config = save_config(**{'load_from': 'last.pth', 'optim_wrapper.optimizer.lr': 0.,
+                            'optim_wrapper.paramwise_cfg.head_lr': 0.})
+    checkpoint = save_classifier(('ant', 'bee', 'cat'))
+    runner = run_train([config])
+    assert runner.message_hub.get_scalar('val/accuracy/top1').current() == 75.
+    assert run_test([config, checkpoint])['accuracy/top1'] == 75.
+    # as a later test of what was trained says
+    assert run_test([config, 'work_dirs/run/epoch_2.pth'])['accuracy/top1'] == 75.
+
+
+def test_folders_follow_the_names_of_the_config(folder):
+    """metainfo.classes in another order than the folders: labels follow the names."""
+    classes(train=dict(ant=1, bee=2, cat=3), val=dict(ant=1, bee=2, cat=3))
+    order = dict(metainfo=dict(classes=('cat', 'ant', 'bee')))
+    config = save_config(**{'train_dataloader.dataset': order, 'val_dataloader.dataset': order,
+                            'test_dataloader.dataset': order})
+    names = ('cat', 'ant', 'bee')
+    metrics = run_test([config, save_classifier(names), '--out', 'pred.pkl'])
+    assert metrics['accuracy/top1'] == pytest.approx(100 / 3)      # bee: two of six
+    runner = run_train([config])
+    dataset = runner.train_dataloader.dataset
+    assert sorted(dataset.get_gt_labels()) == [0, 0, 0, 1, 2, 2]
+    saved = torch.load('work_dirs/run/epoch_2.pth', weights_only=False)['meta']['dataset_meta']
+    assert tuple(saved['classes']) == names
+
+
+@pytest.mark.parametrize('names, message', [
+    (('ant', 'bee', 'dog'), 'has the class cat.* ant, bee, dog'),
+    (('ant', 'bee'), r'subfolders \(3\).* classes \(2\)')])
+def test_names_of_the_config_that_fit_in_part(folder, names, message):
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1))
+    config = save_config(**{'train_dataloader.dataset': dict(metainfo=dict(classes=names))})
+    refused(f'train_dataloader.*{message}', run_train, config)
+
+
+def test_checkpoint_of_other_names(folder):
+    classes(val=dict(ant=1, bee=2, cat=3))
+    config = save_config()
+    # the same set in another order: the network says bee
+    other = save_classifier(('cat', 'ant', 'bee'))
+    assert run_test([config, other])['accuracy/top1'] == pytest.approx(100 / 3)
+    refused('test_dataloader has the class cat.*last.pth.*ant, bee, dog', run_test, config,
+            save_classifier(('ant', 'bee', 'dog')))
+    refused(r'3 classes \(ant, bee, cat\) and last.pth 2 \(x, y\)', run_test, config,
+            save_classifier(('x', 'y')))
+
+
+def test_head_of_another_size(folder):
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1, bee=1, cat=1))
+    refused('model.head.num_classes is 5, but train_dataloader has 3 classes: ant, bee, cat',
+            run_train, save_config(**{'model.head.num_classes': 5}))
+
+
+def test_one_number_of_classes_and_fewer_than_five(folder):
+    """model.head.num_classes is all that a user states; topk=(1, 5) is cut to what there is."""
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1, bee=1, cat=1))
+    runner = run_train([save_config()])
+    assert 0 <= runner.message_hub.get_scalar('val/accuracy/top1').current() <= 100
+    assert runner.model.data_preprocessor.num_classes == 3
+    assert any('topk' in line for line in warnings(runner))
+    assert 'accuracy/top1' in run_test(['run.py', 'work_dirs/run/epoch_2.pth'])
+
+
+def test_other_labels_than_outputs(folder):
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1, bee=1, cat=1))
+    Path('data/list.txt').write_text('train/ant/0.jpg 0\ntrain/ant/1.jpg 7\n')
+    config = save_config(**{'train_dataloader.dataset.ann_file': 'list.txt',
+                            'train_dataloader.dataset.data_prefix': ''})
+    refused('Labels of train_dataloader must be 0 to 2, .* go from 0 to 7', run_train, config)
+
+
+# ---------------------------------------------------------------- nothing vanishes
+
+
+def test_every_suffix_is_read(folder):
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1, bee=1, cat=1))
+    for suffix in ('webp', 'tif', 'tiff', 'gif', 'jfif', 'PNG'):
+        save_image(Path(f'data/train/ant/0.{suffix}'))
+    Path('data/train/notes.txt').write_text('none')
+    runner = run_train([save_config()])
+    assert len(runner.train_dataloader.dataset) == 12
+    assert not any('left out' in line for line in warnings(runner))
+    save_image(Path('data/train/lost.png'))     # in no class
+    runner = run_train(['run.py', '--no-resume'])
+    assert any(re.search('train_dataloader.*1 .*left out.*lost.png', line)
+               for line in warnings(runner))
+
+
+def test_evaluation_of_a_part(folder):
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1, bee=1, cat=1))
+    refused('val_dataloader.drop_last leaves out 1 of 3 images', run_train,
+            save_config(**{'val_dataloader.drop_last': True}))
+
+
+def test_flat_folder_without_labels(folder):
+    """Pretraining reads no label: images in one folder, or in folders at any depth."""
+    config = save_pretraining()
+    for name in ('a.jpg', 'b.png', 'deep/er/c.webp', 'deep/d.jpg'):
+        save_image(Path('photos') / name)
+    for labelled in ('False', 'True'):
+        runner = run_train([config, '--no-resume', *options(
+            'train_dataloader.dataset.data_root=photos', 'train_dataloader.dataset.data_prefix=',
+            f'train_dataloader.dataset.with_label={labelled}')])
+        assert len(runner.train_dataloader.dataset) == 4
+    classes(val=dict(ant=1))
+    save_image(Path('data/train/a.jpg'))
+    refused("train_dataloader: 'data/train' has images, but no folders of classes", run_train,
+            save_config())
+
+
+# ---------------------------------------------------------------- the run as a whole
+
+
+@pytest.fixture
+def trainable(folder):
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1, bee=1, cat=1))
+    return save_config
+
+
+def test_batch_larger_than_the_data_set(trainable):
+    refused('train_dataloader.batch_size is 8, but the data set has 6 images', run_train,
+            trainable(**{'train_dataloader.batch_size': 8}))
+
+
+def test_odd_batches(trainable):
+    refused('Mixup.* even.*3', run_train, trainable(**{'train_dataloader.batch_size': 3}))
+    refused('Mixup.*drop_last', run_train, trainable(**{
+        'train_dataloader.batch_size': 4, 'train_dataloader.drop_last': False,
+        'train_dataloader.dataset.indices': 5}))
+
+
+@pytest.mark.parametrize('end, length', [(1600, 2), (1, 2)])
+def test_schedule_and_length(trainable, end, length):
+    refused(rf'ends after epoch {end}.* run after {length}; set param_scheduler.end={length}',
+            run_train, trainable(**{'param_scheduler.end': end}))
+
+
+def test_schedules_of_others(trainable):
+    cosine = dict(type='CosineAnnealingLR', T_max=10, by_epoch=True, begin=0, end=10)
+    refused('param_scheduler.*ends after epoch 10', run_train,
+            trainable(param_scheduler=[cosine]))
+    warm = [dict(type='LinearLR', start_factor=0.1, by_epoch=True, end=1),
+            dict(cosine, begin=1, end=2, T_max=1)]
+    assert run_train([trainable(param_scheduler=warm)]).iter == 6
+    assert run_train([trainable(param_scheduler=[dict(type='ConstantLR', factor=1.)]),
+                      '--no-resume']).iter == 6
+
+
+def test_average_that_stays_where_it_began(trainable):
+    average = [dict(type='ModelEMAHook', momentum=1e-3)]
+    refused('ModelEMAHook.*momentum 0.001.*6 updates.*99 %', run_train,
+            trainable(custom_hooks=average))
+    average[0]['momentum'] = 0.2
+    assert any('ModelEMAHook' in line for line in warnings(run_train(
+        [trainable(custom_hooks=average)])))
+
+
+def test_monitor_that_never_speaks(folder):
+    config = save_pretraining()
+    monitor = [dict(type='NEPAMonitorHook', interval=100)]
+    Config(dict(Config.fromfile(config), custom_hooks=monitor)).dump(config)
+    found = warnings(run_train([config]))
+    assert sum('NEPAMonitorHook' in line and '100' in line for line in found) == 1
+
+
+def test_errors_of_what_the_runner_builds_late(trainable):
+    for change, sentence in (
+            ({'train_dataloader.dataset.type': 'CustomDatset'}, 'train_dataloader.*CustomDatset'),
+            ({'train_dataloader.dataset.extension': ['.jpg']}, 'train_dataloader.*extension'),
+            ({'optim_wrapper.optimizer.type': 'AdamWW'}, 'optim_wrapper.*AdamWW'),
+            ({'optim_wrapper.optimizer.wd': 0.1}, 'optim_wrapper.*wd'),
+            ({'optim_wrapper.paramwise_cfg.layer_decay': 0.5}, 'optim_wrapper.*layer_decay'),
+            ({'param_scheduler.warmups': 2}, 'param_scheduler.*warmups'),
+            ({'val_dataloader.sampler.type': 'Sampler'}, 'val_dataloader.*Sampler'),
+            ({'model.backbone.drop_path': 0.1}, 'drop_path'),
+            ({'train_dataloader.dataset.pipeline': [dict(type='Rezise')]},
+             'train_dataloader.*Rezise'),
+            ({'val_evaluator.type': 'Acuracy'}, 'Acuracy')):
+        refused(sentence, run_train, trainable(**change))
+
+
+def test_a_refused_run_keeps_what_was_there(trainable):
+    run_train([trainable()])
+    before = {path: path.read_bytes() for path in Path('work_dirs').rglob('*') if path.is_file()}
+    refused('param_scheduler', run_train, trainable(**{'param_scheduler.end': 7}), '--no-resume')
+    assert before == {path: path.read_bytes()
+                      for path in Path('work_dirs').rglob('*') if path.is_file()}
+
+
+def test_damaged_image_in_a_worker_ends_in_one_sentence(trainable, folder):
+    Path('data/train/cat/1.jpg').write_bytes(b'\xff\xd8\xff nothing')
+    pipeline = [dict(type='LoadWholeImage'), dict(type='Resize', scale=(28, 28)),
+                dict(type='PackInputs')]
+    config = trainable(**{'train_dataloader.dataset.pipeline': pipeline,
+                          'train_dataloader.num_workers': 2})
+    code, output = run_script('train.py', config, cwd=folder)
+    assert code == 2 and 'Traceback' not in output
+    assert re.search('error: The image data/train/cat/1.jpg cannot be read', output)
+
+
+# ---------------------------------------------------------------- what loads
+
+
+def test_weights_of_another_network(folder):
+    config = save_pretraining()
+    run_train([config])
+    start = ('model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.prefix=backbone.',
+             'model.backbone.init_cfg.checkpoint=work_dirs/pretrain/epoch_1.pth')
+    for change, sentence in (
+            ('model.backbone.gated_mlp=True', 'another network.*layers.0.mlp'),
+            ('model.backbone.arch.num_layers=4', 'another network.*layers.3'),
+            ('model.backbone.arch.num_layers=2', 'another network.*layers.2'),
+            ('model.backbone.num_register_tokens=1', 'another network.*register_tokens'),
+            ('model.backbone.patch_size=7', 'patch_embed.projection.weight has shape')):
+        refused(sentence, run_train, config, '--work-dir', 'b', *options(*start, change))
+        refused(sentence, run_train, config, '--work-dir', 'b', *options(
+            'load_from=work_dirs/pretrain/epoch_1.pth', change))
+    assert run_train([config, '--work-dir', 'b', *options(*start)]).iter == 2
+    # the same tensors, another function
+    found = warnings(run_train([config, '--work-dir', 'c', *options(
+        *start, 'model.backbone.rope_theta=50.')]))
+    assert any('rope_theta' in line and '50' in line and '100' in line for line in found)
+
+
+def test_resume_of_another_experiment(folder):
+    config = save_pretraining()
+    run_train([config])
+    two = 'train_cfg.max_epochs=2'
+    change = options(two, 'model.head.shift=2')
+    refused('work_dirs/pretrain.*model.head.shift.*--no-resume.*--resume', run_train, config,
+            *change)
+    refused('data_root', run_train, config, *options(
+        two, 'train_dataloader.dataset.data_root=./data/imagenet'))
+    assert run_train([config, '--resume', *change]).iter == 4      # asked for
+    runner = run_train([config, *options('train_cfg.max_epochs=3', 'model.head.shift=2',
+                                         'optim_wrapper.optimizer.lr=0.2')])
+    assert any('optim_wrapper.optimizer.lr' in line for line in warnings(runner))
