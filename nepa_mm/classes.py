@@ -98,11 +98,12 @@ def follow_folders(dataset, whose):
     Raises:
         ValueError: Only some of the folders are among the classes.
     """
-    folders, classes = folders_of(dataset), classes_of(dataset)
-    if folders and classes:
-        order = match(folders, classes, f'the folder of {whose}', 'its metainfo.classes')
-        if order and order != sorted(order):
-            relabel(dataset, order, classes)
+    for leaf in filter(has_labels, leaves(dataset)):
+        folders, classes = folders_of(leaf), classes_of(leaf)
+        if folders and classes:
+            order = match(folders, classes, f'the folder of {whose}', 'its metainfo.classes')
+            if order and order != sorted(order):
+                relabel(leaf, order, classes)
 
 
 def follow(dataset, whose, classes, others, folders=None):
@@ -121,18 +122,31 @@ def follow(dataset, whose, classes, others, folders=None):
     Raises:
         ValueError: See :func:`match`.
     """
-    own = classes_of(dataset)
-    if not own or tuple(own) == tuple(classes):
-        return []
-    order = match(own, classes, whose, others)
-    if order is None and folders and folders_of(dataset):
-        order = match(folders_of(dataset), folders, whose, others)
-    if order is None:
-        return [f'{whose} and {others} name no class alike ({listed(own)}; {listed(classes)}): '
-                'their order is taken to be the same.']
-    relabel(dataset, order, classes)
-    return [f'{whose} has its classes in another order or fewer of them than {others}: its labels '
-            'follow the names.']
+    sentences = []
+    for leaf in filter(has_labels, leaves(dataset)):
+        own = classes_of(leaf)
+        if not own or tuple(own) == tuple(classes):
+            continue
+        order = match(own, classes, whose, others)
+        if order is None and folders and folders_of(leaf):
+            order = match(folders_of(leaf), folders, whose, others)
+        if order is None:
+            sentences.append(f'{whose} and {others} name no class alike ({listed(own)}; '
+                             f'{listed(classes)}): their order is taken to be the same.')
+        else:
+            relabel(leaf, order, classes)
+            sentences.append(f'{whose} has its classes in another order than {others}, or fewer of '
+                             'them: its labels follow the names.')
+    return sentences
+
+
+def align(dataset, whose, reference, others):
+    """:func:`follow` of the classes of another data set, both by their folders first."""
+    follow_folders(reference, others)
+    follow_folders(dataset, whose)
+    first = leaves(reference)[0]
+    classes = classes_of(first)
+    return follow(dataset, whose, classes, others, folders_of(first)) if classes else []
 
 
 def check_labels(dataset, whose, num_classes):

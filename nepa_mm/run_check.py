@@ -14,9 +14,8 @@ from mmengine.registry import HOOKS
 from .augment import TimmBatchAugment
 from .checkpoint import below, check_network, warn_of_other_function
 from .classes import (
+    align,
     check_labels,
-    classes_of,
-    folders_of,
     follow,
     follow_folders,
     has_labels,
@@ -151,14 +150,12 @@ class RunCheckHook(Hook):
         """Check a training run."""
         check_batches(runner)
         train = runner.train_dataloader.dataset
-        self._check_dataset(train, 'train_dataloader')
-        classes, folders = classes_of(train), folders_of(leaves(train)[0])
-        if self.classes and classes:
-            self._follow(train, 'train_dataloader', self.classes, self.source)
-        self._check_head(runner, train, 'train_dataloader')
+        self._check_dataset(runner, train, 'train_dataloader')
         if runner.val_loop is not None:
-            self._check_evaluation(runner, runner.val_loop, 'val_dataloader', classes,
-                                   'train_dataloader', folders)
+            for sentence in align(runner.val_dataloader.dataset, 'val_dataloader', train,
+                                  'train_dataloader'):
+                self._warn(sentence)
+            self._check_evaluation(runner, runner.val_loop, 'val_dataloader')
         for sentence in schedule_problems(runner) + average_problems(runner):
             self._odd(sentence)
         for sentence in idle_averages(runner) + silent_hooks(runner):
@@ -167,63 +164,53 @@ class RunCheckHook(Hook):
     def before_val(self, runner):
         """Check a validation that is no part of a training."""
         if runner._train_loop is None or isinstance(runner._train_loop, dict):
-            self._check_evaluation(runner, runner.val_loop, 'val_dataloader', self.classes,
-                                   self.source)
+            self._check_evaluation(runner, runner.val_loop, 'val_dataloader')
 
     def before_test(self, runner):
         """Check a test."""
-        self._check_evaluation(runner, runner.test_loop, 'test_dataloader', self.classes,
-                               self.source)
+        self._check_evaluation(runner, runner.test_loop, 'test_dataloader')
 
     # ------------------------------------------------------------------ parts
 
-    def _check_dataset(self, dataset, whose):
-        for leaf in leaves(dataset):
-            if has_labels(leaf):
-                follow_folders(leaf, whose)
-            count, example = left_out(leaf)
-            if count:
-                self._warn(f'{whose}: {count} images below {leaf.img_prefix} are left out, e.g. '
-                           f'{example}.')
-
-    def _check_evaluation(self, runner, loop, whose, classes, others, folders=None):
+    def _check_evaluation(self, runner, loop, whose):
         loader = loop.dataloader
-        dataset, rest = loader.dataset, len(loader.dataset) % (loader.batch_size or 1)
+        rest = len(loader.dataset) % (loader.batch_size or 1)
         if loader.drop_last and rest:
-            raise ValueError(f'{whose}.drop_last leaves out {rest} of {len(dataset)} images of the '
-                             'evaluation; set it to False.')
-        self._check_dataset(dataset, whose)
-        if classes:
-            self._follow(dataset, whose, classes, others, folders)
-        self._check_head(runner, dataset, whose, loop.evaluator.metrics)
-
-    def _follow(self, dataset, whose, classes, others, folders=None):
-        for leaf in leaves(dataset):
-            if has_labels(leaf):
-                for sentence in follow(leaf, whose, classes, others, folders):
-                    self._warn(sentence)
-
-    def _check_head(self, runner, dataset, whose, metrics=()):
-        """Labels against outputs; tell the number of outputs to all who need it."""
-        model = network(runner.model)
-        num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
-        if num_classes is None:
-            return
-        for leaf in leaves(dataset):
-            if has_labels(leaf):
-                check_labels(leaf, whose, num_classes)
-        preprocessor = model.data_preprocessor
-        if getattr(preprocessor, 'num_classes', num_classes) is None:
-            preprocessor.num_classes = num_classes
-        elif getattr(preprocessor, 'num_classes', num_classes) != num_classes:
-            raise ValueError(f'model.data_preprocessor.num_classes is {preprocessor.num_classes}, '
-                             f'but model.head.num_classes {num_classes}; leave the first out.')
-        for metric in metrics:
+            raise ValueError(f'{whose}.drop_last leaves out {rest} of {len(loader.dataset)} images '
+                             'of the evaluation; set it to False.')
+        num_classes = self._check_dataset(runner, loader.dataset, whose)
+        for metric in loop.evaluator.metrics if num_classes else ():
             topk = getattr(metric, 'topk', ())
             if topk and max(topk) > num_classes:
                 metric.topk = tuple(k for k in topk if k <= num_classes)
                 self._warn(f'{whose}: {type(metric).__name__} has topk={tuple(topk)}, but there '
                            f'are {num_classes} classes: topk={metric.topk}.')
+
+    def _check_dataset(self, runner, dataset, whose):
+        """Labels against folders, checkpoint and outputs; return the number of outputs, if any."""
+        follow_folders(dataset, whose)
+        for sentence in follow(dataset, whose, self.classes, self.source) if self.classes else ():
+            self._warn(sentence)
+        for leaf in leaves(dataset):
+            count, example = left_out(leaf)
+            if count:
+                self._warn(f'{whose}: {count} images below {leaf.img_prefix} are left out, e.g. '
+                           f'{example}.')
+        model = network(runner.model)
+        num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
+        if num_classes is None:
+            return None
+        for leaf in filter(has_labels, leaves(dataset)):
+            check_labels(leaf, whose, num_classes)
+        # Mixup takes the number from the one-hot labels that the data preprocessor makes
+        preprocessor = model.data_preprocessor
+        stated = getattr(preprocessor, 'num_classes', num_classes)
+        if stated is None:
+            preprocessor.num_classes = num_classes
+        elif stated != num_classes:
+            raise ValueError(f'model.data_preprocessor.num_classes is {stated}, but '
+                             f'model.head.num_classes {num_classes}; leave the first out.')
+        return num_classes
 
     def _odd(self, sentence):
         if self.odd == 'error':

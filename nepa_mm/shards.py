@@ -21,6 +21,7 @@ from .checkpoint import written_whole
 from .reading import IMAGE_SUFFIXES
 
 INDEX = '.nepa_mm_index.json'
+VERSION = 2     # of what it says about a tar
 
 
 def pyarrow_parquet():
@@ -83,23 +84,37 @@ def read_row(file, column, row):
 
 def index_tar(file):
     """(name, offset, size, label or None) of each image; labels stand in ``.cls`` files."""
-    images, labels = {}, {}
+    images, labels = [], {}
     with tarfile.open(file, 'r:') as opened:
         for member in opened:
-            folder, name = os.path.split(member.name)
-            key, _, suffix = name.partition('.')        # WebDataset's rule
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                images[folder, key] = [member.name, member.offset_data, member.size]
-            elif suffix == 'cls':
-                labels[folder, key] = int(opened.extractfile(member).read())
-    return [[*image, labels.get(key)] for key, image in images.items()]
+            if member.name.lower().endswith(IMAGE_SUFFIXES):
+                images.append((member.name, member.offset_data, member.size))
+            elif member.name.endswith('.cls'):
+                labels[member.name[:-4]] = int(opened.extractfile(member).read())
+    return [[*image, label_of(image[0], labels)] for image in images]
+
+
+def label_of(name, labels):
+    """The label of an image: of its name without the suffix, else of all before an earlier dot.
+
+    WebDataset writes ``a.cls`` for ``a.left.jpg`` and ``a.right.jpg``. By its rule a name ends at
+    the first dot, which ``2024.01.31.jpg`` does not.
+    """
+    folder, name = os.path.split(name)
+    while '.' in name:
+        name = name.rpartition('.')[0]
+        key = os.path.join(folder, name)
+        if key in labels:
+            return labels[key]
+    return None
 
 
 @DATASETS.register_module()
 class ImageNetShards(BaseDataset):
     """ImageNet in ``.tar`` shards as WebDataset writes them, or in ``.parquet`` files.
 
-    In a tar ``KEY.jpg`` is an image and ``KEY.cls`` its label as a number. The places of all images
+    In a tar ``KEY.jpg`` is an image and ``KEY.cls`` its label as a number, also that of
+    ``KEY.left.jpg``; every image is a sample. The places of all images
     are written to ``.nepa_mm_index.json`` beside the shards the first time, if that folder can be
     written to; later starts read it. In Parquet a column holds ``bytes`` and another one labels. A
     read there decodes the whole row group around the image (100 rows in the files of the
@@ -165,7 +180,7 @@ class ImageNetShards(BaseDataset):
         index = {}
         for file in files:
             name, state = str(file.relative_to(root)), file.stat()
-            stamp = [state.st_size, state.st_mtime_ns]
+            stamp = [VERSION, state.st_size, state.st_mtime_ns]
             entry = stored.get(name)
             if not entry or entry['stamp'] != stamp:
                 try:

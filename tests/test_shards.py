@@ -79,6 +79,23 @@ def test_samples(images, save, root):
     assert list(DefaultSampler(dataset, shuffle=False)) == list(range(7))
 
 
+def test_every_image_of_a_tar_is_a_sample(images):
+    """Names with dots, and several images of one sample."""
+    names = ['2024.01.30', '2024.01.31', '2024.02.01', 'a.left', 'a.right', './b/2024.01.30', 'c']
+    Path('tars').mkdir()
+    with tarfile.open('tars/train.tar', 'w') as opened:
+        for name, (_, content, label) in zip(names, images):
+            add(opened, f'{name}.jpg', content)
+            if not name.startswith('a'):
+                add(opened, f'{name}.cls', str(label).encode())
+        add(opened, 'a.cls', b'3')
+        add(opened, 'c.png', images[0][1])
+    infos = [build('tars').get_data_info(index) for index in range(8)]
+    assert [info['gt_label'] for info in infos] == [0, 1, 2, 3, 3, 5, 6, 6]
+    assert [get(info['img_path']) for info in infos] == [
+        content for _, content, _ in images] + [images[0][1]]
+
+
 def test_the_index_of_tars_is_kept(images, monkeypatch):
     save_tars(images)
     paths = [build('tars').get_data_info(index)['img_path'] for index in range(7)]

@@ -10,6 +10,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
+from ..classes import align
 from ..fsdp import is_sharded
 from ..knn import extract_features, knn_scores
 
@@ -122,8 +123,12 @@ class OnlineProbeHook(Hook):
             self.bank, self.queries = (
                 loader if not isinstance(loader, dict) else runner.build_dataloader(
                     dict(sampler=dict(type='DefaultSampler', shuffle=False),
-                         collate_fn=dict(type='default_collate')) | loader, runner.seed)
+                         collate_fn=dict(type='default_collate')) | loader
+                    | dict(drop_last=False), runner.seed)
                 for loader in (self.bank, self.queries))
+        for sentence in align(self.queries.dataset, 'query_dataloader', self.bank.dataset,
+                              'bank_dataloader'):
+            runner.logger.warning(sentence)
 
     def after_train_epoch(self, runner):
         """Evaluate the raw and the averaged weights."""
