@@ -103,7 +103,15 @@ def main(argv=None):
         cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
+        if is_segmentation(cfg):
+            from nepa_mm import masks, segmentation_data
+            segmentation_data.check_not_empty(cfg, 'test_dataloader')
+            notes = masks.prepare(cfg)
         runner = runtime.build_runner(cfg)
+        if is_segmentation(cfg):
+            for note in notes:
+                runner.logger.info(note)
+            segmentation_data.check_runner(runner, 'test')
         load_all(runner.model, cfg.load_from)     # the Runner itself would only warn
         if args.out and args.out_item == 'pred' and not is_segmentation(cfg):
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))

@@ -67,7 +67,15 @@ def main(argv=None):
         cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         merge_args(cfg, args)
         runtime.check_data(cfg, 'train_dataloader', 'val_dataloader')
+        if cfg.get('default_scope') == 'mmseg':
+            from nepa_mm import masks, segmentation_data
+            segmentation_data.check_not_empty(cfg, 'train_dataloader', 'val_dataloader')
+            notes = masks.prepare(cfg)
         runner = runtime.build_runner(cfg)
+        if cfg.get('default_scope') == 'mmseg':
+            for note in notes:
+                runner.logger.info(note)
+            segmentation_data.check_runner(runner, 'train', 'val')
     runner.train()
     return runner
 
