@@ -5,6 +5,7 @@ silently. :func:`prepare` puts the classes below in the place of mmseg's, for an
 looked at before the first step is in segmentation_data.py.
 """
 import logging
+from copy import deepcopy
 
 import mmcv
 import numpy as np
@@ -70,7 +71,7 @@ def spans(values):
             ends[-1][1] = value
         else:
             ends.append([value, value])
-    return join(f'{a}..{b}' if b > a else a for a, b in ends)
+    return join(f'{a}..{b}' if b > a else a for a, b in ends) if ends else 'none'
 
 
 @TRANSFORMS.register_module()
@@ -139,16 +140,19 @@ class LoadCheckedMask(LoadAnnotations):
         ignored = table == self.ignore_index
         classes = np.flatnonzero((table < self.num_classes) & ~ignored)
         names = [f'{value:g}' if isinstance(value, float) else value for value in values.tolist()]
-        found = (f'the values {join(names)}' if len(names) <= MANY else
-                 f'{len(names)} values, {names[0]}..{names[-1]}')
+        found = (f'{len(names)} values, {names[0]}..{names[-1]}' if len(names) > MANY else
+                 f'the value{"s" if len(names) > 1 else ""} {join(names)}')
         out = np.flatnonzero(ignored).tolist()
-        leave_out = f'{spans(out)} {"are" if len(out) > 1 else "is"}' if out else 'nothing is'
+        if results.get('reduce_zero_label') or len(out) > 1:
+            left_out = f'{spans(out)} {"are" if len(out) > 1 else "is"} ignored'
+            if results.get('reduce_zero_label'):
+                left_out += ' (reduce_zero_label=True)'
+        else:
+            left_out = f'{self.ignore_index} is ignore_index'
         hint = ('; if 0 is no class, give the data set reduce_zero_label=True'
                 if values[-1] == self.num_classes and not results.get('reduce_zero_label') else '')
-        return (f'holds {found}, but the classes are {spans(classes.tolist())}, and {leave_out} '
-                f'ignored (ignore_index={self.ignore_index}'
-                + (', reduce_zero_label=True' if results.get('reduce_zero_label') else '')
-                + f'): the data set needs masks of class indices{hint}')
+        return (f'holds {found}, but the classes are {spans(classes.tolist())}, {left_out}: the '
+                f'data set needs masks of class indices{hint}')
 
 
 @METRICS.register_module()
@@ -173,7 +177,8 @@ class CheckedIoUMetric(IoUMetric):
             print_log(
                 f'There is no pixel of the ground truth of {listing(absent)} ({len(absent)} of '
                 f'{len(names)} classes): Acc is nan there, and IoU is nan, which mIoU leaves out, '
-                'or 0 where the class was predicted, which mIoU counts.', 'current', logging.WARNING)
+                'or 0 where the class was predicted, which mIoU counts.',
+                'current', logging.WARNING)
         return metrics
 
 
@@ -244,6 +249,7 @@ def prepare(cfg):
         rule = cfg.get(loader) and rules(cfg, loader)
         if not rule:
             continue
+        cfg[loader] = deepcopy(cfg[loader])     # its steps may be those of cfg.test_pipeline
         for node in [*dicts(cfg[loader]), *dicts(cfg.get(evaluator))]:
             kind = str(getattr(node.get('type'), '__name__', node.get('type'))).split('.')[-1]
             if kind in ('LoadAnnotations', 'LoadCheckedMask'):

@@ -238,4 +238,5 @@ def unseen(look, read, seen, names, name):
     hint = (' (reduce_zero_label=True ignores the value 0 and makes every other one less)'
             if any(info.get('reduce_zero_label') for info, _ in read) else '')
     return [f'{name}: {listing(absent)}, {len(absent)} of {look.num_classes} classes, '
-            f'{"are" if len(absent) > 1 else "is"} in none of the {len(read)} masks looked at{hint}.']
+            f'{"are" if len(absent) > 1 else "is"} in none of the {len(read)} masks looked at'
+            f'{hint}.']

@@ -16,7 +16,7 @@ LABEL[:14, :16] = 1     # a quarter, as in tiny_runs
 THREE = ['model.decode_head.num_classes=3'] + [
     f'{name}_dataloader.dataset.metainfo.{value}' for name in ('train', 'test')
     for value in ('classes=[background,corner,edge]', 'palette=[[0,0,0],[1,1,1],[2,2,2]]')]
-BINARY = 'holds? the values 0 and 255, but the classes are 0..1, and 255 is ignored.*class indices'
+BINARY = 'holds? the values 0 and 255, but the classes are 0..1, 255 is ignore_index.*class indices'
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def tear():
     path.write_bytes(path.read_bytes()[:80])
 
 
-TIFF = [f"{name}_dataloader.dataset.seg_map_suffix=.tif" for name in ('train', 'test')]
+TIFF = [f'{name}_dataloader.dataset.seg_map_suffix=.tif' for name in ('train', 'test')]
 FAULTS = dict(      # how the data are spoilt, what is said, options
     zero_and_255=(lambda: save_both(LABEL * 255), BINARY),
     times_256=(lambda: save_mask(LABEL.astype(np.uint16) * 256),
@@ -97,12 +97,13 @@ FAULTS = dict(      # how the data are spoilt, what is said, options
     negative=(lambda: save_both(-LABEL.astype(np.int32), 'tif'),
               r'labels/0\.tif holds the values -1 and 0, but', *TIFF),
     ignored=(lambda: save_both(LABEL * 0 + 255), r'every pixel.*2 masks.*ignored.*255'),
-    reduced=(lambda: None, r'values 0 and 1, but the classes are 1\.\.2, and 0 and 255 are ignored',
+    reduced=(lambda: None, r'values 0 and 1, but the classes are 1\.\.2, 0 and 255 are ignored',
              'train_dataloader.dataset.reduce_zero_label=True',
              'test_dataloader.dataset.reduce_zero_label=True'),
     binary_of_three=(lambda: save_both(LABEL * 255),
                      r'values 0 and 255, but the classes are 0\.\.2', *THREE),
-    too_many_names=(lambda: None, r'3 classes.*background, corner, edge.*num_classes=2', *THREE[1:]),
+    too_many_names=(lambda: None,
+                    r'3 classes.*background, corner, edge.*num_classes=2', *THREE[1:]),
     too_few_names=(lambda: None, r'2 classes.*background, corner.*num_classes=3', THREE[0]),
     suffix=(lambda: None, r"seg_map_suffix='_gt\.png'.*data/labels.*0\.png",
             'train_dataloader.dataset.seg_map_suffix=_gt.png',
@@ -193,7 +194,9 @@ def test_class_without_a_pixel_is_said_by_name():
 def test_evaluation_without_ground_truth_is_no_nan(capsys):
     """The masks are right; a later step of the pipeline covers them."""
     cfg = Config.fromfile('segment.py')
-    cfg.test_dataloader.dataset.pipeline[1].scale = (32, 28)
+    for name in '01':
+        save_image(Path(f'data/images/{name}.jpg'), size=(28, 28))
+        save_mask(LABEL[:, :28], name)
     cfg.test_dataloader.dataset.pipeline.insert(3, dict(
         type='RandomCutOut', prob=1., n_holes=20000, cutout_shape=(32, 32), seg_fill_in=255))
     cfg.dump('segment.py')
@@ -261,10 +264,18 @@ def test_two_heads_of_different_classes(capsys):
 
 
 def test_the_saved_config_says_how_masks_are_read_and_runs_again():
+    """What mmseg's inference reads, test_pipeline, stays mmseg's even if a loader shares it."""
+    text = Path('segment.py').read_text()
+    Path('segment.py').write_text(text + """
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),
+                 dict(type='Resize', scale=(28, 28)), dict(type='PackSegInputs')]
+train_dataloader['dataset']['pipeline'] = test_pipeline
+""")
     train()
     saved = Config.fromfile('work/segment.py')
     assert 'nepa_mm.masks' in saved.custom_imports.imports
     runner = run_train(['work/segment.py', '--work-dir', 'again', *options(*THREE)])
+    assert [step.type for step in saved.test_pipeline[:2]] == ['LoadImageFromFile', 'LoadAnnotations']
     step = next(step for step in runner.cfg.train_dataloader.dataset.pipeline
                 if step.get('num_classes'))
     assert step.num_classes == 3
