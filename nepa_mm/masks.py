@@ -1,24 +1,24 @@
 """Masks of segmentation: read with a look at every value, evaluated with a word on every class.
 
 mmseg casts masks to 8 bits and drops what is no class, so masks of other values train and score
-silently. :func:`prepare` puts the classes below in the place of mmseg's, for any config; what is
-looked at before the first step is in segmentation_data.py.
+silently. :func:`look_while_reading` puts the classes below in the place of mmseg's, for any config;
+what is looked at before the first step is in segmentation_data.py.
 """
 import logging
-from copy import deepcopy
 
 import mmcv
 import numpy as np
+from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
+from mmengine.logging import print_log
 from mmengine.registry import METRICS, TRANSFORMS
 
 from . import stack
-from .reading import DataError
+from .reading import DataError, LoadWholeImage
 from .runtime import dicts
 
 stack.require('mmseg')
 
-from mmengine.logging import print_log  # noqa: E402
 from mmseg.datasets.transforms import LoadAnnotations  # noqa: E402
 from mmseg.evaluation import IoUMetric  # noqa: E402
 
@@ -96,6 +96,14 @@ class LoadCheckedMask(LoadAnnotations):
     def __init__(self, num_classes, ignore_index=255, **kwargs):
         super().__init__(**kwargs)
         self.num_classes, self.ignore_index = max(num_classes, 2), ignore_index
+
+    @classmethod
+    def like(cls, loader, num_classes, ignore_index):
+        """With the options of a LoadAnnotations."""
+        self = cls(num_classes, ignore_index, imdecode_backend=loader.imdecode_backend,
+                   backend_args=loader.backend_args)
+        self.reduce_zero_label = loader.reduce_zero_label   # as an argument it is deprecated
+        return self
 
     def _load_seg_map(self, results):
         results['gt_seg_map'] = self.read(results)[1]
@@ -226,44 +234,62 @@ def _heads(heads):
     return heads if isinstance(heads, (list, tuple)) else [heads] if heads else []
 
 
-def prepare(cfg):
-    """Let the loaders and evaluators of a segmentation config use the classes of this module.
+def look_while_reading(loop, num_classes, ignore_index=255):
+    """Let the data set and the evaluator of a loop use the classes of this module.
 
     mmseg's LoadAnnotations becomes :class:`LoadCheckedMask`, its IoUMetric
     :class:`CheckedIoUMetric`, and LoadImageFromFile without options LoadWholeImage, with the same
-    pixels. ``test_pipeline``, which mmseg's inference reads, stays as it is.
+    pixels and the file's name in its errors. The config stays as it is: mmseg's inference looks
+    for its own names there.
 
     Args:
-        cfg (Config): Changed in place, before the Runner is built.
+        loop (BaseLoop): Of a Runner, built, not started.
+        num_classes (int): ``num_classes`` of the decode head.
+        ignore_index (int): The label that is left out. Defaults to 255.
 
     Returns:
-        list[str]: What was changed, for the log.
-
-    Raises:
-        ValueError: See :func:`rules`.
+        list[str]: What was replaced, for the log.
     """
-    if cfg.get('default_scope') != 'mmseg':
-        return []
-    changed = set()
-    for loader, evaluator in LOADERS.items():
-        rule = cfg.get(loader) and rules(cfg, loader)
-        if not rule:
-            continue
-        cfg[loader] = deepcopy(cfg[loader])     # its steps may be those of cfg.test_pipeline
-        for node in [*dicts(cfg[loader]), *dicts(cfg.get(evaluator))]:
-            kind = str(getattr(node.get('type'), '__name__', node.get('type'))).split('.')[-1]
-            if kind in ('LoadAnnotations', 'LoadCheckedMask'):
-                node.update(type='LoadCheckedMask', **rule)
-            elif kind == 'IoUMetric':
-                node['type'] = 'CheckedIoUMetric'
-            elif kind == 'LoadImageFromFile' and not any(
-                    value for key, value in node.items() if key not in ('type', '_scope_')):
-                for key in set(node) - {'_scope_'}:
-                    del node[key]
-                node['type'] = 'LoadWholeImage'
-            if node.get('type') not in (None, kind):
-                changed.add(f'{kind} by {node["type"]}')
-    imports = cfg.setdefault('custom_imports', dict(imports=[]))
-    if changed and __name__ not in imports['imports']:
-        imports['imports'] = [*imports['imports'], __name__]
-    return [f'Replaced in loaders and evaluators: {join(sorted(changed))}.'] if changed else []
+    replaced = set()
+    for part in parts(loop.dataloader.dataset):
+        for steps, index in slots(part.pipeline):
+            old = steps[index]
+            if type(old) is LoadAnnotations:
+                steps[index] = LoadCheckedMask.like(old, num_classes, ignore_index)
+            elif type(old) is LoadImageFromFile and vars(old) == vars(LoadImageFromFile()):
+                steps[index] = LoadWholeImage()
+            if steps[index] is not old:
+                replaced.add(f'{type(old).__name__} by {type(steps[index]).__name__}')
+    for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', []):
+        if type(metric) is IoUMetric:
+            metric.__class__ = CheckedIoUMetric     # which adds no state
+            replaced.add('IoUMetric by CheckedIoUMetric')
+    return [f'Replaced: {join(sorted(replaced))}.'] if replaced else []
+
+
+def parts(dataset):
+    """The data sets within ConcatDataset, RepeatDataset and the like."""
+    inner = getattr(dataset, 'datasets', None) or [
+        child for child in [getattr(dataset, 'dataset', None)] if child is not None]
+    if not inner:
+        yield dataset
+    for child in inner:
+        yield from parts(child)
+
+
+def slots(step):
+    """(list, index) of every transform within Compose, TestTimeAug and the like, in order."""
+    steps = _steps(step)
+    if not isinstance(steps, list):     # a Compose within a step
+        steps = _steps(steps) or []
+    for index, child in enumerate(steps):
+        if _steps(child):
+            yield from slots(child)
+        else:
+            yield steps, index
+
+
+def _steps(step):
+    if isinstance(step, list):
+        return step
+    return getattr(step, 'transforms', None) or getattr(step, 'subroutines', None)

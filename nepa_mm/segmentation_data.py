@@ -5,7 +5,7 @@ import numpy as np
 from mmengine import fileio
 
 from . import stack
-from .masks import LoadCheckedMask, listing, rules, values_of
+from .masks import LoadCheckedMask, listing, look_while_reading, parts, rules, slots, values_of
 from .reading import IMAGE_SUFFIXES, ORIENTATION, DataError, open_image, read_bytes
 from .runtime import dicts
 
@@ -69,7 +69,7 @@ def check_segmentation_data(dataset, num_classes, ignore_index=255, name='data s
     """
     warnings, read, seen, names = [], [], set(), None
     for part in parts(dataset):
-        steps = list(transforms(part.pipeline))
+        steps = [steps[index] for steps, index in slots(part.pipeline)]
         loader = next((step for step in steps if isinstance(step, LoadAnnotations)), None)
         if not isinstance(part, BaseSegDataset) or loader is None:
             continue
@@ -79,9 +79,7 @@ def check_segmentation_data(dataset, num_classes, ignore_index=255, name='data s
             warnings.append(f'{name}: {type(loader).__name__} reads the masks, which are not '
                             'looked at.')
             continue
-        look = LoadCheckedMask(
-            num_classes, ignore_index, reduce_zero_label=loader.reduce_zero_label,
-            imdecode_backend=loader.imdecode_backend, backend_args=loader.backend_args)
+        look = LoadCheckedMask.like(loader, num_classes, ignore_index)
         upright = reads_upright(steps)
         num = len(part)
         for index in np.linspace(0, num - 1, min(num, sample)).round().astype(int):
@@ -98,7 +96,7 @@ def check_segmentation_data(dataset, num_classes, ignore_index=255, name='data s
 
 
 def check_runner(runner, *names):
-    """Look at the data sets of a Runner's loops; warnings go to its log.
+    """Look at the data of a Runner's loops, now and as they are read; its log has the warnings.
 
     Args:
         runner (Runner): Built, not started.
@@ -111,28 +109,11 @@ def check_runner(runner, *names):
         loader = f'{name}_dataloader'
         rule = runner.cfg.get(loader) and rules(runner.cfg, loader)
         if rule:
-            dataset = getattr(runner, f'{name}_loop').dataloader.dataset
-            for warning in check_segmentation_data(dataset, **rule, name=loader):
+            loop = getattr(runner, f'{name}_loop')
+            for note in look_while_reading(loop, **rule):
+                runner.logger.info(f'{loader}: {note}')
+            for warning in check_segmentation_data(loop.dataloader.dataset, **rule, name=loader):
                 runner.logger.warning(warning)
-
-
-def parts(dataset):
-    """The data sets within ConcatDataset, RepeatDataset and the like."""
-    inner = getattr(dataset, 'datasets', None) or [
-        child for child in [getattr(dataset, 'dataset', None)] if child is not None]
-    if not inner:
-        yield dataset
-    for child in inner:
-        yield from parts(child)
-
-
-def transforms(step):
-    """Every transform within Compose, TestTimeAug and the like, in their order."""
-    inner = getattr(step, 'transforms', None) or getattr(step, 'subroutines', None)
-    if inner is None and not isinstance(step, (list, tuple)):
-        yield step
-    for child in step if inner is None and isinstance(step, (list, tuple)) else inner or []:
-        yield from transforms(child)
 
 
 def reads_upright(steps):
@@ -210,7 +191,7 @@ def files(folder, dataset):
 
 def exists(path):
     """Whether a local file exists; files elsewhere are believed in."""
-    return '://' in path or ':' in path.split('/')[0][2:] or os.path.exists(path)
+    return '://' in path or os.path.exists(path)
 
 
 def check_sample(look, read, seen, name):

@@ -104,13 +104,10 @@ def main(argv=None):
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
         if is_segmentation(cfg):
-            from nepa_mm import masks, segmentation_data
+            from nepa_mm import segmentation_data
             segmentation_data.check_not_empty(cfg, 'test_dataloader')
-            notes = masks.prepare(cfg)
         runner = runtime.build_runner(cfg)
         if is_segmentation(cfg):
-            for note in notes:
-                runner.logger.info(note)
             segmentation_data.check_runner(runner, 'test')
         load_all(runner.model, cfg.load_from)     # the Runner itself would only warn
         if args.out and args.out_item == 'pred' and not is_segmentation(cfg):

@@ -68,13 +68,10 @@ def main(argv=None):
         merge_args(cfg, args)
         runtime.check_data(cfg, 'train_dataloader', 'val_dataloader')
         if cfg.get('default_scope') == 'mmseg':
-            from nepa_mm import masks, segmentation_data
+            from nepa_mm import segmentation_data
             segmentation_data.check_not_empty(cfg, 'train_dataloader', 'val_dataloader')
-            notes = masks.prepare(cfg)
         runner = runtime.build_runner(cfg)
         if cfg.get('default_scope') == 'mmseg':
-            for note in notes:
-                runner.logger.info(note)
             segmentation_data.check_runner(runner, 'train', 'val')
     runner.train()
     return runner
