@@ -8,6 +8,17 @@ stack.check_binaries()
 stack.register()
 
 # each of these registers what is its own
-from . import augment, backbone, datasets, fsdp, heads, hooks, nepa, optim, shards  # noqa: E402, F401
+from . import (  # noqa: E402, F401
+    augment,
+    backbone,
+    datasets,
+    fsdp,
+    heads,
+    hooks,
+    nepa,
+    optim,
+    registry,
+    shards,
+)
 
 stack.register_models()

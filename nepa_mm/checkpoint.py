@@ -262,10 +262,27 @@ def select_weights(checkpoint, weights=None, name='the checkpoint'):
     return checkpoint['state_dict']
 
 
-def weights_of(checkpoint):
-    """Whether ``state_dict`` of a checkpoint is 'ema' or 'raw'."""
+def weights_of(checkpoint, asked=None):
+    """Which set :func:`select_weights` takes, 'ema' or 'raw'; ``asked`` is its ``weights``."""
+    if asked:
+        return asked
     recorded = checkpoint.get('meta', {}).get('weights', {})
     return recorded.get('state_dict', 'ema' if 'ema_state_dict' in checkpoint else 'raw')
+
+
+def add_weights_argument(parser):
+    """Give a tool the flag by which every tool lets one choose the set of weights."""
+    parser.add_argument(
+        '--weights', choices=[name for name in WEIGHTS if name],
+        help='the average or the raw weights; default: the average if the file has one (of a '
+        'published folder model.safetensors, which transformers reads, too)')
+
+
+def unwrapped(model):
+    """The network within DistributedDataParallel and test-time augmentation."""
+    while hasattr(model, 'module'):
+        model = model.module
+    return model
 
 
 def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='cpu'):
@@ -286,8 +303,13 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
     Raises:
         ValueError: No tensor matched, or one has another shape.
     """
-    state_dict = select_weights(read_checkpoint(checkpoint, map_location, weights), weights,
-                                checkpoint)
+    return _fill(module, checkpoint, prefix, weights, map_location)[0]
+
+
+def _fill(module, checkpoint, prefix='', weights=None, map_location='cpu'):
+    """What :func:`load_pretrained` returns, and which set of weights was taken."""
+    read = read_checkpoint(checkpoint, map_location, weights)
+    state_dict, which = select_weights(read, weights, checkpoint), weights_of(read, weights)
     if prefix and not prefix.endswith('.'):
         prefix += '.'
     found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
@@ -306,30 +328,31 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
                              f'has shape {tuple(found[key].shape)}, but {tuple(own[key].shape)} is '
                              'needed; is it another architecture, patch size or class count?')
     module.load_state_dict(found, strict=False)
-    which = f'{weights} weights' if weights else 'weights'
     print_log(f'Loaded {len(matched)} of {len(own)} tensors of {type(module).__name__} '
-              f'from the {which} of {checkpoint}. New, at their initial value: '
+              f'from the {which} weights of {checkpoint}. New, at their initial value: '
               f'{", ".join(new) or "none"}. In the file, without a place: '
               f'{", ".join(unused) or "none"}.', logger='current')
-    return matched, new, unused
+    return (matched, new, unused), which
 
 
 def load_all(model, checkpoint, **kwargs):
     """Load a whole model, as is needed before it predicts anything.
 
     Args:
-        model (nn.Module): The network, or a wrapper with the network as ``module``.
+        model (nn.Module): The network, or a wrapper, see :func:`unwrapped`.
         checkpoint (str): See :func:`read_checkpoint`.
-        **kwargs: ``prefix`` and others of :func:`load_pretrained`.
+        **kwargs: ``prefix``, ``weights`` and others of :func:`load_pretrained`.
+
+    Returns:
+        str: 'ema' or 'raw': the set of weights that was taken.
 
     Raises:
         ValueError: A tensor is missing or has another shape. The weights of QK-norm
             may be missing; they do nothing at their initial value.
     """
-    while hasattr(model, 'module'):     # of DistributedDataParallel and of test-time augmentation
-        model = model.module
-    _, new, _ = load_pretrained(model, checkpoint, **kwargs)
+    (_, new, _), which = _fill(unwrapped(model), checkpoint, **kwargs)
     new = [name for name in new if '.q_norm.' not in name and '.k_norm.' not in name]
     if new:
         raise ValueError(f'{checkpoint} lacks what the config has, and what was never trained '
                          f'cannot predict: {", ".join(new)}.')
+    return which

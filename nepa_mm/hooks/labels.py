@@ -1,7 +1,8 @@
 """Labels that the head has no output for are found before the first step."""
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+
+from ..checkpoint import unwrapped
 
 
 @HOOKS.register_module()
@@ -29,8 +30,7 @@ class LabelCheckHook(Hook):
     def _check(runner, dataset):
         if not hasattr(dataset, 'get_gt_labels') or 'gt_label' not in dataset.get_data_info(0):
             return      # a wrapped or an unlabelled data set
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        num_classes, labels = model.head.num_classes, dataset.get_gt_labels()
+        num_classes, labels = unwrapped(runner.model).head.num_classes, dataset.get_gt_labels()
         classes = dataset.metainfo.get('classes')
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f'model.head.num_classes is {num_classes}, but the data set '
