@@ -143,9 +143,10 @@ def export(args):
         if not error < TOLERANCE:
             raise ValueError(f'The exported network differs from PyTorch by {error:.1e} of the '
                              f'largest value, more than {TOLERANCE}; nothing was written.')
-    print(f'wrote {out}: the {meta["weights"]} weights of {args.checkpoint}, image (batch, {image.shape[1]}, {height}, {width}) -> '
-          f'{("batch", *expected.shape[1:])}; largest difference from PyTorch {error:.1e} of the '
-          'largest value')
+    print(f'wrote {out}: the {meta["weights"]} weights of {args.checkpoint}, '
+          f'image (batch, {image.shape[1]}, {height}, {width}) -> '
+          f'{("batch", *expected.shape[1:])}; largest difference from PyTorch '
+          f'{error:.1e} of the largest value')
 
 
 def main(argv=None):

@@ -14,6 +14,8 @@ import mmengine
 from mmengine.config import DictAction
 from mmengine.evaluator import DumpResults
 from mmengine.hooks import EMAHook
+from mmengine.registry import HOOKS
+from mmpretrain.engine import VisualizationHook
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
 from nepa_mm.checkpoint import add_weights_argument, load_all, locate
@@ -52,6 +54,15 @@ def parse_args(argv=None):
     return args
 
 
+@HOOKS.register_module(force=True)
+class FirstViewHook(VisualizationHook):
+    """mmpretrain's hook, which knows nothing of several views of an image: it gets the first."""
+
+    def after_test_iter(self, runner, batch_idx, data_batch, outputs):
+        first = dict(data_batch, inputs=data_batch['inputs'][0])
+        super().after_test_iter(runner, batch_idx, first, outputs)
+
+
 def is_segmentation(cfg):
     return cfg.get('default_scope') == 'mmseg'
 
@@ -65,14 +76,14 @@ def merge_args(cfg, args):
     runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
     cfg.load_from, cfg.resume = locate(args.checkpoint, args.weights), False
     if args.show_dir:
-        show_predictions(cfg, args.show_dir)
+        show_predictions(cfg, args.show_dir, args.tta)
     if args.tta:
         augment(cfg)
     if args.out and args.out_item == 'pred' and is_segmentation(cfg):
         cfg.test_evaluator.output_dir = args.out
 
 
-def show_predictions(cfg, show_dir):
+def show_predictions(cfg, show_dir, tta):
     """Let the visualization hook draw every test image into ``show_dir``."""
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if not hook:
@@ -83,6 +94,8 @@ def show_predictions(cfg, show_dir):
     else:
         hook.update(enable=True, out_dir=show_dir)
         hook.setdefault('interval', 1)
+        if tta:
+            hook.type = FirstViewHook.__name__
 
 
 def augment(cfg):
