@@ -17,6 +17,7 @@ from . import (  # noqa: E402, F401
     hooks,
     nepa,
     optim,
+    registry,
     run_check,
     shards,
 )

@@ -267,10 +267,27 @@ def select_weights(checkpoint, weights=None, name='the checkpoint'):
     return checkpoint['state_dict']
 
 
-def weights_of(checkpoint):
-    """Whether ``state_dict`` of a checkpoint is 'ema' or 'raw'."""
+def weights_of(checkpoint, asked=None):
+    """Which set :func:`select_weights` takes, 'ema' or 'raw'; ``asked`` is its ``weights``."""
+    if asked:
+        return asked
     recorded = checkpoint.get('meta', {}).get('weights', {})
     return recorded.get('state_dict', 'ema' if 'ema_state_dict' in checkpoint else 'raw')
+
+
+def add_weights_argument(parser):
+    """Give a tool the flag by which every tool lets one choose the set of weights."""
+    parser.add_argument(
+        '--weights', choices=[name for name in WEIGHTS if name],
+        help='the average or the raw weights; default: the average if the file has one (of a '
+        'published folder model.safetensors, which transformers reads, too)')
+
+
+def unwrapped(model):
+    """The network within DistributedDataParallel and test-time augmentation."""
+    while hasattr(model, 'module'):
+        model = model.module
+    return model
 
 
 def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='cpu'):
@@ -292,8 +309,13 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
         ValueError: No tensor matched, or the file holds another network, see
             :func:`check_network`.
     """
+    return _fill(module, checkpoint, prefix, weights, map_location)[0]
+
+
+def _fill(module, checkpoint, prefix='', weights=None, map_location='cpu'):
+    """What :func:`load_pretrained` returns, which set of weights was taken, and the meta."""
     read = read_checkpoint(checkpoint, map_location, weights)
-    state_dict = select_weights(read, weights, checkpoint)
+    state_dict, which = select_weights(read, weights, checkpoint), weights_of(read, weights)
     own, found = module.state_dict(), below(state_dict, prefix)
     matched = [key for key in own if key in found]
     new = [key for key in own if key not in found]
@@ -306,12 +328,11 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
     check_network(own, found, checkpoint)
     warn_of_other_function(module, read['meta'], checkpoint)
     module.load_state_dict(found, strict=False)
-    which = f'{weights} weights' if weights else 'weights'
     print_log(f'Loaded {len(matched)} of {len(own)} tensors of {type(module).__name__} '
-              f'from the {which} of {checkpoint}. New, at their initial value: '
+              f'from the {which} weights of {checkpoint}. New, at their initial value: '
               f'{", ".join(new) or "none"}. In the file, without a place: '
               f'{", ".join(unused) or "none"}.', logger='current')
-    return matched, new, unused
+    return (matched, new, unused), which, read['meta']
 
 
 def below(state_dict, prefix):
@@ -381,18 +402,20 @@ def load_all(model, checkpoint, **kwargs):
     """Load a whole model, as is needed before it predicts anything.
 
     Args:
-        model (nn.Module): The network, or a wrapper with the network as ``module``.
+        model (nn.Module): The network, or a wrapper, see :func:`unwrapped`.
         checkpoint (str): See :func:`read_checkpoint`.
-        **kwargs: ``prefix`` and others of :func:`load_pretrained`.
+        **kwargs: ``prefix``, ``weights`` and others of :func:`load_pretrained`.
+
+    Returns:
+        tuple[str, dict]: 'ema' or 'raw', the set of weights that was taken, and the file's meta.
 
     Raises:
         ValueError: A tensor is missing or has another shape. The weights of QK-norm
             may be missing; they do nothing at their initial value.
     """
-    while hasattr(model, 'module'):     # of DistributedDataParallel and of test-time augmentation
-        model = model.module
-    _, new, _ = load_pretrained(model, checkpoint, **kwargs)
+    (_, new, _), which, meta = _fill(unwrapped(model), checkpoint, **kwargs)
     new = [name for name in new if '.q_norm.' not in name and '.k_norm.' not in name]
     if new:
         raise ValueError(f'{checkpoint} lacks what the config has, and what was never trained '
                          f'cannot predict: {", ".join(new)}.')
+    return which, meta

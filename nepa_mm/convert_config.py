@@ -30,6 +30,7 @@ DEFAULTS = dict(
     qkv_bias=True, qk_norm=False, qk_norm_bias=False, qk_norm_affine=False, layerscale_value=1e-5,
     drop_path_prob=0., add_pooling_layer=False, is_causal=True, pos_embed_shift=None,
     pos_embed_jitter=None, pos_embed_rescale=2.)
+RECORDED = ('default_scope', 'model', 'data_preprocessor', 'train_dataloader', 'test_dataloader')
 PAIRS = ('image_size', 'patch_size')
 NULLABLE = ('layerscale_value', 'pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale')
 # our argument -> the field that means the same
@@ -134,32 +135,39 @@ def model_cfg(config, num_classes=None):
     return dict(type='ImageClassifier', backbone=backbone, head=head)
 
 
-def recorded_model(meta, path):
-    """The model part of the config that a checkpoint was trained with, from its ``meta``.
+def recorded_config(meta, path):
+    """What a checkpoint's ``meta`` tells of network and images, as far as ``RECORDED`` names it.
 
     Args:
-        meta (dict): With ``model``, a dict, or ``cfg``, the text that mmengine records.
+        meta (dict): With ``model`` and ``input``, dicts, as files of ours have them, or
+            ``cfg``, the text that mmengine records.
         path (str): What error messages call the checkpoint.
 
     Returns:
-        dict | None: The model; None if there is no record.
+        dict: Without ``model`` if there is no record.
 
     Raises:
         ValueError: The record is damaged, or holds more than values: calls, say.
     """
     try:
-        model = meta.get('model')
-        if model is None and 'cfg' in meta:
-            found = [node.value for node in ast.parse(meta['cfg']).body
-                     if isinstance(node, ast.Assign) and ast.unparse(node.targets) == 'model']
-            model = _values(found[-1])
-        if model is not None and not isinstance(model['type'], str):
+        config = {name: meta[name] for name in ('model', 'input') if meta.get(name) is not None}
+        if not config and 'cfg' in meta:
+            config = {ast.unparse(node.targets): node.value for node in ast.parse(meta['cfg']).body
+                      if isinstance(node, ast.Assign)}
+            config = {name: _values(config[name]) for name in RECORDED if name in config}
+            config['model']
+        if 'model' in config and not isinstance(config['model']['type'], str):
             raise TypeError
     except (AttributeError, IndexError, KeyError, RecursionError, SyntaxError, TypeError,
             ValueError) as error:
         raise ValueError(f'The config that {path} records is damaged, or is more than values: '
                          'give the config file itself.') from error
-    return model
+    return config
+
+
+def recorded_model(meta, path):
+    """The model of :func:`recorded_config`, None if there is no record."""
+    return recorded_config(meta, path).get('model')
 
 
 def recorded_values(text):

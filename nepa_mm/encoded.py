@@ -20,8 +20,8 @@ from .reading import decode_jpeg, open_image, to_bgr
 
 
 @FUNCTIONS.register_module()
-def encoded_collate(samples):
-    """A batch of :class:`nepa_mm.datasets.PackEncodedCrop`.
+def encoded_collate(samples, _scope_=None):
+    """A batch of :class:`nepa_mm.datasets.PackEncodedCrop`; see registry.py for ``_scope_``.
 
     Returns:
         dict: ``inputs``, all bytes in one tensor (n,), uint8, for each tensor that a worker

@@ -234,8 +234,8 @@ def _heads(heads):
     return heads if isinstance(heads, (list, tuple)) else [heads] if heads else []
 
 
-def look_while_reading(loop, num_classes, ignore_index=255):
-    """Let the data set and the evaluator of a loop use the classes of this module.
+def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
+    """Let a data set and the metrics of its evaluator use the classes of this module.
 
     mmseg's LoadAnnotations becomes :class:`LoadCheckedMask`, its IoUMetric
     :class:`CheckedIoUMetric`, and LoadImageFromFile without options LoadWholeImage, with the same
@@ -243,7 +243,8 @@ def look_while_reading(loop, num_classes, ignore_index=255):
     for its own names there.
 
     Args:
-        loop (BaseLoop): Of a Runner, built, not started.
+        dataset (Dataset): Changed in place; no worker has it yet.
+        metrics (list[BaseMetric]): Changed in place.
         num_classes (int): ``num_classes`` of the decode head.
         ignore_index (int): The label that is left out. Defaults to 255.
 
@@ -251,7 +252,7 @@ def look_while_reading(loop, num_classes, ignore_index=255):
         list[str]: What was replaced, for the log.
     """
     replaced = set()
-    for part in parts(loop.dataloader.dataset):
+    for part in parts(dataset):
         for steps, index in slots(part.pipeline):
             old = steps[index]
             if type(old) is LoadAnnotations:
@@ -260,7 +261,7 @@ def look_while_reading(loop, num_classes, ignore_index=255):
                 steps[index] = LoadWholeImage()
             if steps[index] is not old:
                 replaced.add(f'{type(old).__name__} by {type(steps[index]).__name__}')
-    for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', []):
+    for metric in metrics:
         if type(metric) is IoUMetric:
             metric.__class__ = CheckedIoUMetric     # which adds no state
             replaced.add('IoUMetric by CheckedIoUMetric')

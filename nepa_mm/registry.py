@@ -6,7 +6,8 @@ scope hold nothing, and look up every name where it would be found without the s
 mmengine imports this module when it meets the scope.
 """
 from mmengine import registry
-from mmengine.registry import DefaultScope, Registry
+from mmengine.dataset import default_collate, pseudo_collate
+from mmengine.registry import FUNCTIONS, DefaultScope, Registry
 
 
 class TransparentRegistry(Registry):
@@ -21,3 +22,17 @@ class TransparentRegistry(Registry):
 
 for root in [value for value in vars(registry).values() if isinstance(value, Registry)]:
     TransparentRegistry(root.name, parent=root, scope='nepa_mm')
+
+
+# mmengine passes the scope of an inherited `collate_fn` on to the function, which knows none.
+
+@FUNCTIONS.register_module('default_collate', force=True)
+def stack_of_any_scope(samples, _scope_=None):
+    """mmengine's ``default_collate``."""
+    return default_collate(samples)
+
+
+@FUNCTIONS.register_module('pseudo_collate', force=True)
+def list_of_any_scope(samples, _scope_=None):
+    """mmengine's ``pseudo_collate``."""
+    return pseudo_collate(samples)

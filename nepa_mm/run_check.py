@@ -12,16 +12,18 @@ from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.registry import HOOKS
 
 from .augment import TimmBatchAugment
-from .checkpoint import below, check_network, warn_of_other_function
+from .checkpoint import below, check_network, unwrapped, warn_of_other_function
 from .classes import (
     align,
     check_labels,
+    classes_of,
     follow,
     follow_folders,
     has_labels,
     leaves,
     left_out,
     listed,
+    match,
 )
 from .convert_config import recorded_values
 
@@ -34,20 +36,12 @@ COMPARED = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'tr
 FALLING = ('LayerDecayCosineLR', 'CosineAnnealingLR', 'PolyLR', 'OneCycleLR')
 
 
-def network(model):
-    """The network within DistributedDataParallel and test-time augmentation."""
-    while hasattr(model, 'module'):
-        model = model.module
-    return model
-
-
-def check_batches(runner):
-    """Refuse batches that the data set cannot fill, and odd ones where Mixup needs pairs.
+def check_batches(runner, loader):
+    """Refuse batches that the training data cannot fill, and odd ones where Mixup needs pairs.
 
     Raises:
         ValueError: There is no batch; Mixup would get an odd number of images.
     """
-    loader = runner.train_dataloader
     size, num = getattr(loader, 'batch_size', None), len(loader.dataset)
     sampler = getattr(loader.batch_sampler, 'batch_size', size)
     size = size or sampler
@@ -58,7 +52,7 @@ def check_batches(runner):
         processes = f' for each of {dist.get_world_size()} processes' * (share < num)
         raise ValueError(f'train_dataloader.batch_size is {size}, but the data set has {share} '
                          f'images{processes} and drop_last is on: there is no whole batch.')
-    preprocessor = getattr(network(runner.model), 'data_preprocessor', None)
+    preprocessor = getattr(unwrapped(runner.model), 'data_preprocessor', None)
     augments = getattr(getattr(preprocessor, 'batch_augments', None), 'augments', [])
     if size and any(isinstance(augment, TimmBatchAugment) for augment in augments):
         last = 0 if loader.drop_last or getattr(loader.batch_sampler, 'drop_last', False) \
@@ -102,28 +96,32 @@ class RunCheckHook(Hook):
             if value not in ('error', 'warn'):
                 raise ValueError(f"{name} must be 'error' or 'warn', got {value!r}.")
         self.odd, self.other_experiment = odd, other_experiment
-        self.classes, self.source = None, None      # of what was loaded
+        self.training_data = None
+        self.classes, self.source = None, None      # of the head that was loaded
 
     # ------------------------------------------------------------------ weights
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Compare weights with the network, and a checkpoint to resume with the config."""
-        own, loaded = network(runner.model).state_dict(), checkpoint.get('state_dict', {})
+        own, loaded = unwrapped(runner.model).state_dict(), checkpoint.get('state_dict', {})
         source = runner._load_from
         meta = checkpoint.get('meta') or {}
         if runner._resume:
             self._check_experiment(runner, meta, source)
         else:
             check_network(below(own, 'backbone.'), below(loaded, 'backbone.'), source)
-            warn_of_other_function(network(runner.model), meta, source)
+            warn_of_other_function(unwrapped(runner.model), meta, source)
             new = [name for name, tensor in own.items() if not name.startswith('backbone.')
                    and (name not in loaded or loaded[name].shape != tensor.shape)]
             if new:
                 self._warn(f'{source} has no {listed(new)} of that shape: they keep their initial '
                            'value.')
         if any(name.startswith('head.') for name in loaded):
-            self.classes = (meta.get('dataset_meta') or {}).get('classes')
-            self.source = source
+            self.note_classes(meta, source)
+
+    def note_classes(self, meta, source):
+        """Take the names of the outputs of a head that was loaded from the ``meta`` beside it."""
+        self.classes, self.source = (meta.get('dataset_meta') or {}).get('classes'), source
 
     def _check_experiment(self, runner, meta, source):
         """Compare the config that a checkpoint records with that of the run which resumes it."""
@@ -146,11 +144,23 @@ class RunCheckHook(Hook):
 
     # ------------------------------------------------------------------ stages
 
+    def check_training_data(self, runner, dataset):
+        """Check the training data, once; tools do so before the workers of a loop exist."""
+        if self.training_data is not dataset:
+            self.training_data = dataset
+            self._check_dataset(runner, dataset, 'train_dataloader')
+
     def before_train(self, runner):
         """Check a training run."""
-        check_batches(runner)
+        check_batches(runner, runner.train_dataloader)
         train = runner.train_dataloader.dataset
-        self._check_dataset(runner, train, 'train_dataloader')
+        self.check_training_data(runner, train)
+        names = classes_of(leaves(train)[0])
+        if self.classes and names and match(names, self.classes, 'train_dataloader', self.source) \
+                not in (None, list(range(len(names)))):
+            raise ValueError(f'train_dataloader has its classes in another order than the head of '
+                             f'{self.source}: set metainfo.classes of the data to '
+                             f'{listed(self.classes)}.')
         if runner.val_loop is not None:
             for sentence in align(runner.val_dataloader.dataset, 'val_dataloader', train,
                                   'train_dataloader'):
@@ -178,6 +188,10 @@ class RunCheckHook(Hook):
         if loader.drop_last and rest:
             raise ValueError(f'{whose}.drop_last leaves out {rest} of {len(loader.dataset)} images '
                              'of the evaluation; set it to False.')
+        follow_folders(loader.dataset, whose)
+        if self.classes:
+            for sentence in follow(loader.dataset, whose, self.classes, self.source):
+                self._warn(sentence)
         num_classes = self._check_dataset(runner, loader.dataset, whose)
         for metric in loop.evaluator.metrics if num_classes else ():
             topk = getattr(metric, 'topk', ())
@@ -187,16 +201,14 @@ class RunCheckHook(Hook):
                            f'are {num_classes} classes: topk={metric.topk}.')
 
     def _check_dataset(self, runner, dataset, whose):
-        """Labels against folders, checkpoint and outputs; return the number of outputs, if any."""
+        """Labels against folders and outputs; return the number of outputs, None without labels."""
         follow_folders(dataset, whose)
-        for sentence in follow(dataset, whose, self.classes, self.source) if self.classes else ():
-            self._warn(sentence)
         for leaf in leaves(dataset):
             count, example = left_out(leaf)
             if count:
                 self._warn(f'{whose}: {count} images below {leaf.img_prefix} are left out, e.g. '
                            f'{example}.')
-        model = network(runner.model)
+        model = unwrapped(runner.model)
         num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
         if num_classes is None:
             return None

@@ -217,23 +217,40 @@ def start_runner(cfg, start, stage):
         ValueError: Something cannot be built; the sentence begins with the part of the config.
     """
     start.before_writing(cfg)
+    if cfg.get('default_scope') == 'mmseg':
+        from .segmentation_data import check_masks, check_not_empty
+        check_not_empty(cfg, *(['test_dataloader'] if stage == 'test' else LOADERS[:2]))
+    else:
+        def check_masks(*args):
+            """Only segmentors have masks."""
     with part('config'):
         runner = build_runner(cfg)
     runner.register_hook(start)
+    run_check, = [hook for hook in runner.hooks if isinstance(hook, RunCheckHook)]
     if stage == 'test':
         with part('test_dataloader'):
-            _ = runner.test_loop    # a property that builds
+            check_masks(runner, runner.test_loop.dataloader.dataset, 'test_dataloader',
+                        runner.test_loop.evaluator.metrics)
         return runner
+    # the loader first, for workers of an iteration-based loop begin with the loop
     with part('train_dataloader'):
-        _ = runner.train_loop
-    check_batches(runner)
+        loader = runner._train_dataloader = runner.build_dataloader(
+            runner._train_dataloader, seed=runner.seed,
+            diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False))
+        check_masks(runner, loader.dataset, 'train_dataloader')
+    check_batches(runner, loader)
+    run_check.check_training_data(runner, loader.dataset)
+    with part('train_cfg'):
+        _ = runner.train_loop       # a property that builds
     with part('optim_wrapper'):
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     with part('param_scheduler'):
         if runner.param_schedulers is not None:
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     with part('val_dataloader'):
-        _ = runner.val_loop
+        if runner.val_loop is not None:
+            check_masks(runner, runner.val_dataloader.dataset, 'val_dataloader',
+                        runner.val_loop.evaluator.metrics)
     return runner
 
 

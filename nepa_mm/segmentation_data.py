@@ -95,25 +95,24 @@ def check_segmentation_data(dataset, num_classes, ignore_index=255, name='data s
     return list(dict.fromkeys(warnings))
 
 
-def check_runner(runner, *names):
-    """Look at the data of a Runner's loops, now and as they are read; its log has the warnings.
+def check_masks(runner, dataset, loader, metrics=()):
+    """Look at the data of a segmentor, now and as they are read; the log has the warnings.
 
     Args:
         runner (Runner): Built, not started.
-        names (str): 'train', 'val' or 'test'.
+        dataset (Dataset): Of the loader; no worker has it yet.
+        loader (str): 'train_dataloader', 'val_dataloader' or 'test_dataloader'.
+        metrics (list[BaseMetric]): Of the evaluator. Defaults to none.
 
     Raises:
         DataError, ValueError: See :func:`check_segmentation_data`.
     """
-    for name in names:
-        loader = f'{name}_dataloader'
-        rule = runner.cfg.get(loader) and rules(runner.cfg, loader)
-        if rule:
-            loop = getattr(runner, f'{name}_loop')
-            for note in look_while_reading(loop, **rule):
-                runner.logger.info(f'{loader}: {note}')
-            for warning in check_segmentation_data(loop.dataloader.dataset, **rule, name=loader):
-                runner.logger.warning(warning)
+    rule = rules(runner.cfg, loader)
+    if rule:
+        for note in look_while_reading(dataset, metrics, **rule):
+            runner.logger.info(f'{loader}: {note}')
+        for warning in check_segmentation_data(dataset, **rule, name=loader):
+            runner.logger.warning(warning)
 
 
 def reads_upright(steps):

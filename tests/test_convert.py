@@ -170,14 +170,15 @@ def test_pickles_and_ema(published, tmp_path):
 
 
 def test_own_checkpoint(tmp_path):
-    """A checkpoint of a run records its config; --ema chooses."""
+    """A checkpoint of a run records its config; the average is taken unless raw is asked for."""
     model = build(DEFAULTS | SMALL, None)
     raw = model.state_dict()
     ema = {key: value + 1 for key, value in raw.items()}
     text = f'model = {model_cfg(DEFAULTS | SMALL)}'
     torch.save(dict(meta=dict(cfg=text), state_dict=ema,
                     ema_state_dict={f'module.{k}': v for k, v in raw.items()}), tmp_path / 'a.pth')
-    for name, expected, flag in (('raw', raw, []), ('ema', ema, ['--ema'])):
+    for name, expected, flag in (
+            ('raw', raw, ['--weights', 'raw']), ('ema', ema, []), ('same', ema, ['--ema'])):
         convert([str(tmp_path / 'a.pth'), str(tmp_path / name), '--to', 'hf', *flag])
         assert_equal(load_file(tmp_path / name / 'model.safetensors'), to_published(expected))
     assert json.loads((tmp_path / 'raw' / 'config.json').read_text())['model_type'] == 'vit_nepa'

@@ -80,7 +80,7 @@ def test_refusals(classifier, capsys, monkeypatch):
 
     flags = ['--format', 'torch-export', '--size', '28', '28']
     assert 'no whole number of patches' in refuse('--format', 'torch-export', '--size', '28', '30')
-    wrong = lambda model, image, file: lambda x: model(x) + 1e-2    # noqa: E731
+    wrong = lambda model, image, file, meta: lambda x: model(x) + 1e-2    # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(tool, 'export_torch', wrong)
         assert 'differs from PyTorch by' in refuse(*flags)

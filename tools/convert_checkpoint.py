@@ -1,12 +1,13 @@
 """Convert published NEPA weights to ours, and ours to the published format; nothing is lost.
 
-    python tools/convert_checkpoint.py PUBLISHED DST.safetensors [--ema]
-    python tools/convert_checkpoint.py CHECKPOINT DST_FOLDER --to hf [--config CONFIG] [--ema]
+    python tools/convert_checkpoint.py PUBLISHED DST.safetensors [--weights ema]
+    python tools/convert_checkpoint.py CHECKPOINT DST_FOLDER --to hf [--config CONFIG]
+        [--weights raw]
 
 PUBLISHED is a folder with config.json and weights, a weight file beside a config.json, or
 hf://owner/name[@revision]. A config file that tools/test.py takes is written beside
-DST.safetensors. In the other direction the network is that of --config, or the one that the
-checkpoint records.
+DST.safetensors. In the other direction network, input and class names are those of --config, or
+those that the checkpoint records; the folder gets preprocessor_config.json, too.
 """
 import argparse
 import copy
@@ -15,9 +16,12 @@ import re
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.utils import to_2tuple
+from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 
 from nepa_mm import runtime
 from nepa_mm.checkpoint import (
+    add_weights_argument,
     read_checkpoint,
     save_weights,
     select_weights,
@@ -30,7 +34,15 @@ from nepa_mm.convert_config import (
     complete_config,
     model_cfg,
     published_config,
-    recorded_model,
+    recorded_config,
+)
+from nepa_mm.convert_input import (
+    class_names,
+    input_of,
+    pipeline_of,
+    preprocessor_config,
+    published_input,
+    size_of,
 )
 from nepa_mm.hub import download
 
@@ -44,7 +56,9 @@ def parse_args(argv=None):
     parser.add_argument('src', help='what to convert')
     parser.add_argument('dst', help='what to write; it must not exist')
     parser.add_argument('--to', choices=['mm', 'hf'], default='mm', help='format of DST')
-    parser.add_argument('--ema', action='store_true', help='take the averaged weights')
+    add_weights_argument(parser)
+    parser.add_argument('--ema', dest='weights', action='store_const', const='ema',
+                        help=argparse.SUPPRESS)     # the older name of --weights ema
     parser.add_argument('--config', help='config of CHECKPOINT, for --to hf')
     parser.add_argument(
         '--fold-layer-scale', action='store_true',
@@ -82,27 +96,39 @@ def report(pairs, new, dropped, arrow):
     print(f'dropped: {", ".join(dropped) or "none"}')
 
 
-def config_text(model, config, src):
-    """A config file for converted weights, on the base that evaluates as the authors do."""
+def config_text(model, config, src, images=None, labels=None):
+    """A config file for converted weights.
+
+    It evaluates as ``images``, an input of nepa_mm/convert_input.py, says, or as the authors do,
+    and knows the class names ``labels``.
+    """
     classifier = model['type'] == 'ImageClassifier'
     base = BASES['NEPA' if not classifier else 'l' if config['hidden_size'] == 1024 else 'b']
-    channels, size = config['num_channels'], config['image_size']
+    explicit = images or config['image_size'] != DEFAULTS['image_size']
+    images = images or published_input(config)
     changes = dict(backbone=dict(_delete_=True, **model['backbone']),
-                   data_preprocessor=dict(mean=[127.5] * channels, std=[127.5] * channels,
-                                          to_rgb=channels == 3))
+                   data_preprocessor=dict(mean=images['mean'], std=images['std'],
+                                          to_rgb=images['channel_order'] == 'RGB'))
     if classifier:
         classes = dict(num_classes=model['head']['num_classes'])
         changes['head'] = dict(classes, in_channels=config['hidden_size'])
     cfg = dict(model=changes)
-    if classifier and isinstance(size, int) and size != DEFAULTS['image_size']:
-        pipeline = [
-            dict(type='LoadImageFromFile'),
-            dict(type='ResizeEdge', scale=round(size * 256 / 224), edge='short',
-                 interpolation='bicubic', backend='pillow'),
-            dict(type='CenterCrop', crop_size=size), dict(type='PackInputs')]
-        cfg['test_dataloader'] = cfg['val_dataloader'] = dict(dataset=dict(pipeline=pipeline))
-    base = f"_base_ = ['nepa_mm::{base}']"
+    if classifier and explicit:
+        for name in ('val_dataloader', 'test_dataloader'):
+            cfg[name] = dict(dataset=dict(pipeline=pipeline_of(images)))
+    if labels and tuple(labels) != IMAGENET_CATEGORIES:
+        for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+            cfg.setdefault(name, dict(dataset={}))['dataset']['metainfo'] = dict(classes=labels)
+    if classifier and classes['num_classes'] < 5:
+        cfg['val_evaluator'] = cfg['test_evaluator'] = dict(topk=(1, classes['num_classes']))
+    # mmengine evaluates this line first, and finds nepa_mm:: once it is imported
+    base = f"_base_ = [__import__('nepa_mm') and 'nepa_mm::{base}']"
     return f'"""Converted from {src}."""\n{base}\n\n{Config(cfg).pretty_text}'
+
+
+def placeholders(classes):
+    """What transformers calls classes without a name."""
+    return [f'LABEL_{i}' for i in range(classes or 0)]
 
 
 def count_classes(state_dict):
@@ -113,15 +139,15 @@ def count_classes(state_dict):
 def to_mm(args):
     if Path(args.dst).suffix != '.safetensors':
         raise ValueError(f'DST of --to mm is a .safetensors file, got {args.dst}.')
-    weights = 'ema' if args.ema else None
     given = read_config(args.src)
     config = complete_config(given)
     missing = sorted(DEFAULTS.keys() - given.keys())
     if missing:
         print('not in config.json, taken as the format says: '
               + ', '.join(f'{key}={DEFAULTS[key]}' for key in missing))
-    checkpoint = read_checkpoint(args.src, weights=weights)
-    state_dict = select_weights(checkpoint, weights, args.src)
+    checkpoint = read_checkpoint(args.src, weights=args.weights)
+    state_dict = select_weights(checkpoint, args.weights, args.src)
+    which = weights_of(checkpoint, args.weights)
     names = checkpoint.get('published_names')
     if names is None:
         raise ValueError(f'{args.src} holds no published NEPA weights: it has keys like '
@@ -133,32 +159,48 @@ def to_mm(args):
         state_dict = fold_layer_scale(state_dict)
         model['backbone']['layer_scale_init_value'] = None
     labels = [config.get('id2label', {}).get(str(i)) for i in range(classes or 0)]
-    named = dict(dataset_meta=dict(classes=labels)) if labels and all(
-        isinstance(label, str) for label in labels) else {}
-    text, dst = config_text(model, config, args.src), Path(args.dst)
+    if labels == placeholders(classes) or not all(isinstance(label, str) for label in labels):
+        labels = []
+    kept = dict(dataset_meta=dict(classes=labels)) if labels else {}
+    images = input_of(dict(input=checkpoint['meta'].get('input')))
+    if images:
+        kept['input'] = images
+    text, dst = config_text(model, config, args.src, images, labels), Path(args.dst)
     with written_whole(dst.with_suffix('.py')) as file:
         file.write_text(text)
         save_weights(state_dict, dst, model=model, published=given, source=args.src,
-                     weights=dict(state_dict=weights_of(checkpoint)), **named)
+                     weights=dict(state_dict=which), **kept)
     report(match_names(names, 'mm'), new, [name for name in names if name in DROPPED], '->')
-    print(f'wrote {dst} and {dst.with_suffix(".py")}')
+    print(f'wrote {dst}, the {which} weights, and {dst.with_suffix(".py")}')
+
+
+def set_image_size(config, images, backbone):
+    """Put the size of the network's real input into ``config``."""
+    size = size_of(images)
+    if size is None:
+        raise ValueError('The test pipeline gives every image another size; image_size of a '
+                         'published config is one: a Resize to (width, height) or a CenterCrop '
+                         'sets it.')
+    padded = [side % patch for side, patch in zip(size, to_2tuple(backbone.get('patch_size', 14)))]
+    if backbone.get('remainder') == 'pad' and any(padded):
+        raise ValueError(f'remainder="pad" with images of {size} cannot be expressed in the '
+                         'published format, which drops what is no whole patch.')
+    if size != list(to_2tuple(config.get('image_size', DEFAULTS['image_size']))):
+        config['image_size'] = size[0] if size[0] == size[1] else size
 
 
 def to_hf(args):
     folder = Path(args.dst)
     if folder.exists():
         raise FileExistsError(f'{folder} exists already; remove it or name another.')
-    weights = 'ema' if args.ema else 'raw'
-    checkpoint = read_checkpoint(args.src)
-    if not args.ema and 'ema_state_dict' not in checkpoint:
-        weights = None      # whatever the file holds
-    state_dict = select_weights(checkpoint, weights, args.src)
-    meta = checkpoint['meta']
-    model = (Config.fromfile(args.config).model if args.config
-             else recorded_model(meta, args.src))
-    if model is None:
+    checkpoint = read_checkpoint(args.src, weights=args.weights)
+    state_dict = select_weights(checkpoint, args.weights, args.src)
+    which, meta = weights_of(checkpoint, args.weights), checkpoint['meta']
+    cfg = (Config.fromfile(args.config).to_dict() if args.config
+           else recorded_config(meta, args.src))
+    if cfg.get('model') is None:
         raise ValueError('The checkpoint does not record its config; give it by --config.')
-    model, classes = copy.deepcopy(model), count_classes(state_dict)
+    model, classes = copy.deepcopy(cfg['model']), count_classes(state_dict)
     expected = (model.get('head') or {}).get('num_classes')
     if expected != classes:
         raise ValueError(f'The config has a head for {expected} classes, and {args.src} for '
@@ -169,14 +211,35 @@ def to_hf(args):
         state_dict = fold_layer_scale(state_dict)
         model['backbone']['layer_scale_init_value'] = None
     config = published_config(model, meta.get('published'))
+    kept, images = {}, input_of(cfg)
+    if images:
+        kept['input'] = images
+        set_image_size(config, images, model['backbone'])
+    elif meta.get('published'):
+        images = published_input(complete_config(config))
+    else:
+        print(f'how images become its input is not recorded: image_size {config["image_size"]} is '
+              "the format's default; --config names it")
+    names = class_names(cfg, meta)
+    if classes and names and len(names) == classes:
+        kept['dataset_meta'] = dict(classes=names)
+        if names != [config.get('id2label', {}).get(str(i)) for i in range(classes)]:
+            config.update(id2label={str(i): name for i, name in enumerate(names)},
+                          label2id={name: i for i, name in enumerate(names)})
+    # before anything is written
+    preprocessing = json.dumps(preprocessor_config(images), indent=2) if images else None
     new = fit(state_dict, model_cfg(config, classes))
     # config.json comes last: a folder without it is refused wherever weights are read
     save_weights(to_published(state_dict), folder / 'model.safetensors', for_transformers=True,
-                 source=args.src, weights=dict(state_dict=weights or weights_of(checkpoint)))
+                 source=args.src, weights=dict(state_dict=which), **kept)
+    if preprocessing:
+        with written_whole(folder / 'preprocessor_config.json') as file:
+            file.write_text(preprocessing + '\n')
     with written_whole(folder / 'config.json') as file:
         file.write_text(json.dumps(config, indent=2) + '\n')
     report(match_names(state_dict, 'hf'), new, dropped, '<-')
-    print(f'wrote {folder / "model.safetensors"} and {folder / "config.json"}')
+    print(f'wrote {folder / "model.safetensors"}, the {which} weights, '
+          + 'preprocessor_config.json ' * bool(preprocessing) + 'and config.json')
 
 
 def main(argv=None):

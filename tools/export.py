@@ -1,15 +1,20 @@
 """Export a network for one image size and any batch size: ONNX, or torch.export.
 
-    python tools/export.py CONFIG CHECKPOINT --format onnx --size 224 224 [--out FILE]
+    python tools/export.py CONFIG CHECKPOINT --format onnx [--size 224 224] [--out FILE]
 
 The rotary embedding becomes a constant. The input, `image`, is (batch, channels, height, width),
 normalised as the data preprocessor of the config does: (pixel - 127.5) / 127.5. The output,
 `output`, is what the model returns in mode 'tensor': logits of a classifier, score maps of a
 segmentor at the resolution of its decode head, features of a pretraining model. The file is
 written only if it agrees with PyTorch within 1e-4 of the largest value, for several batch sizes.
+
+Its metadata (metadata_props of ONNX, the extra file `nepa_mm.json` of torch.export) are in JSON:
+`weights` ('ema' or 'raw'), `input_size`, `mean`, `std` and `channel_order`, and as far as they are
+known `classes` and, from the test pipeline, `resize`, `crop`, `interpolation` and `backend`.
 """
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
@@ -18,7 +23,8 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from nepa_mm import runtime
-from nepa_mm.checkpoint import load_all, written_whole
+from nepa_mm.checkpoint import add_weights_argument, load_all, read_checkpoint, written_whole
+from nepa_mm.convert_input import class_names, input_of, pixels_of, size_of
 
 TOLERANCE = 1e-4
 SUFFIXES = dict(onnx='.onnx', **{'torch-export': '.pt2'})
@@ -31,8 +37,9 @@ def parse_args(argv=None):
     parser.add_argument('checkpoint', help='.pth or .safetensors file, folder with published '
                         'weights, or hf://owner/name[@revision]')
     parser.add_argument('--format', choices=list(SUFFIXES), default='onnx')
-    parser.add_argument('--size', type=int, nargs=2, default=[224, 224], metavar=('H', 'W'),
-                        help='of the images, in pixels (default: 224 224)')
+    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='of the images, in '
+                        'pixels (default: what the test pipeline gives, or 224 224)')
+    add_weights_argument(parser)
     parser.add_argument('--out', help='the file; default: <config name>_<H>x<W>.onnx or .pt2')
     return parser.parse_args(argv)
 
@@ -61,40 +68,52 @@ class TensorMode(nn.Module):
         return out[0] if isinstance(out, (tuple, list)) and len(out) == 1 else out
 
 
-def build(args):
-    """The network with its weights, its rotary embedding fixed for one size, and an image."""
-    cfg = Config.fromfile(args.config)
+def describe(cfg, args):
+    """Size of the image, and the metadata but for the weights."""
+    try:
+        images = input_of(cfg)
+    except ValueError as error:
+        images = None
+        print(f'only mean, std and channel order go along: {error}')
+    size = args.size or (size_of(images) if images else None) or [224, 224]
+    meta = dict(input_size=size) | (images or pixels_of(cfg))
+    names = class_names(cfg, read_checkpoint(args.checkpoint, weights=args.weights)['meta'])
+    return size, meta | (dict(classes=names) if names else {})
+
+
+def build(cfg, args, size):
+    """The network with its weights and which they are, its rotary embedding fixed, and an image."""
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     for node in runtime.dicts(cfg.model):
         node.pop('init_cfg', None)      # the checkpoint has all of it
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'
     model = MODELS.build(cfg.model).eval()
-    runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
-    load_all(model, args.checkpoint)
+    which, _ = load_all(model, args.checkpoint, weights=args.weights)
     backbone = model.backbone
-    image = torch.randn(3, backbone.patch_embed.projection.in_channels, *args.size)
+    image = torch.randn(3, backbone.patch_embed.projection.in_channels, *size)
     _, grid = backbone.embed(image)
     backbone.rope = ConstantRotaryEmbedding(*backbone.rope(grid, backbone.num_extra_tokens, 'cpu'))
-    return TensorMode(model).eval(), image
+    return TensorMode(model).eval(), image, which
 
 
-def export_onnx(model, image, file):
+def export_onnx(model, image, file, meta):
     """Write the ONNX file; return how to run it."""
     program = torch.onnx.export(
         model, (image,), dynamo=True, dynamic_shapes=dict(image={0: torch.export.Dim('batch')}),
         input_names=['image'], output_names=['output'], verbose=False)
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in meta.items()})
     program.save(str(file))
     from onnxruntime import InferenceSession
     session = InferenceSession(str(file), providers=['CPUExecutionProvider'])
     return lambda x: torch.from_numpy(session.run(None, {'image': x.numpy()})[0])
 
 
-def export_torch(model, image, file):
+def export_torch(model, image, file, meta):
     """Write the torch.export file; return how to run it."""
     program = torch.export.export(
         model, (image,), dynamic_shapes=dict(image={0: torch.export.Dim('batch')}))
-    torch.export.save(program, file)
+    torch.export.save(program, file, extra_files={'nepa_mm.json': json.dumps(meta)})
     return torch.export.load(file).module()
 
 
@@ -105,14 +124,17 @@ def export(args):
         if missing:
             raise ValueError(f'ONNX export needs {", ".join(missing)}, not installed here; '
                              f'type: pip install {" ".join(missing)}')
-    height, width = args.size
+    cfg = Config.fromfile(args.config)
+    runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
+    (height, width), meta = describe(cfg, args)
     out = args.out or f'{Path(args.config).stem}_{height}x{width}{SUFFIXES[args.format]}'
     with torch.no_grad(), written_whole(out) as file:
-        model, image = build(args)
+        model, image, meta['weights'] = build(cfg, args, (height, width))
         if not isinstance(model(image[:1]), torch.Tensor):
             raise ValueError('A model with several outputs cannot be exported; give out_indices '
                              'a single block.')
-        run = (export_onnx if args.format == 'onnx' else export_torch)(model, image, file)
+        run = (export_onnx if args.format == 'onnx' else export_torch)(
+            model, image, file, meta)
         error = 0.
         for batch in (1, 3):
             expected = model(image[:batch])
@@ -121,9 +143,10 @@ def export(args):
         if not error < TOLERANCE:
             raise ValueError(f'The exported network differs from PyTorch by {error:.1e} of the '
                              f'largest value, more than {TOLERANCE}; nothing was written.')
-    print(f'wrote {out}: image (batch, {image.shape[1]}, {height}, {width}) -> '
-          f'{("batch", *expected.shape[1:])}; largest difference from PyTorch {error:.1e} of the '
-          'largest value')
+    print(f'wrote {out}: the {meta["weights"]} weights of {args.checkpoint}, '
+          f'image (batch, {image.shape[1]}, {height}, {width}) -> '
+          f'{("batch", *expected.shape[1:])}; largest difference from PyTorch '
+          f'{error:.1e} of the largest value')
 
 
 def main(argv=None):

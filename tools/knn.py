@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from nepa_mm import runtime
-from nepa_mm.checkpoint import WEIGHTS, load_pretrained
+from nepa_mm.checkpoint import add_weights_argument, load_all
 from nepa_mm.knn import FEATURES, knn_accuracy
 
 
@@ -31,8 +31,7 @@ def parse_args(argv=None):
                         'the last, after the final norm)')
     parser.add_argument('-k', type=int, default=20, help='neighbours (default: 20)')
     parser.add_argument('--temperature', type=float, default=0.07, help='(default: 0.07)')
-    parser.add_argument('--weights', choices=[w for w in WEIGHTS if w],
-                        help='average or raw weights (default: the average if there is one)')
+    add_weights_argument(parser)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override settings of the config')
     return parser.parse_args(argv)
@@ -51,17 +50,18 @@ def main(argv=None):
         cfg.train_dataloader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
         cfg.train_dataloader.batch_size = cfg.test_dataloader.batch_size
         cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=False)
-        cfg.model.backbone.init_cfg = None
+        cfg.model.backbone.update(init_cfg=None, fc_norm=False)     # which k-NN does not read
+        runtime._fill_dataloaders(cfg)
         init_default_scope(cfg.get('default_scope', 'mmpretrain'))
         model = MODELS.build(cfg.model).to(get_device())
-        load_pretrained(model.backbone, args.checkpoint, 'backbone.', args.weights)
+        which, _ = load_all(model.backbone, args.checkpoint, prefix='backbone.', weights=args.weights)
         loaders = [Runner.build_dataloader(cfg[name])
                    for name in ('train_dataloader', 'test_dataloader')]
         accuracy = knn_accuracy(model, *loaders, feature=args.feature, block=args.block, k=args.k,
                                 temperature=args.temperature)
     block = args.block % model.backbone.num_layers + 1
     print(f'{args.k}-NN on {args.feature} of block {block} of {model.backbone.num_layers}, '
-          f'{args.weights or "default"} weights of {args.checkpoint}: '
+          f'{which} weights of {args.checkpoint}: '
           + ', '.join(f'{name} {value:.2f} %' for name, value in accuracy.items()))
     return accuracy
 

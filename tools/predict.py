@@ -16,7 +16,7 @@ from mmpretrain.apis.model import ModelHub
 from PIL import Image
 
 from nepa_mm import runtime
-from nepa_mm.checkpoint import load_all, locate
+from nepa_mm.checkpoint import add_weights_argument, load_all, locate
 
 
 def parse_args(argv=None):
@@ -28,6 +28,7 @@ def parse_args(argv=None):
     parser.add_argument('--checkpoint', help='.pth or .safetensors file, folder with published '
                         'weights, or hf://owner/name[@revision]; default: what the model index '
                         'names for the model')
+    add_weights_argument(parser)
     parser.add_argument('--out-dir', default='predictions', help='where pictures go')
     parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
     return parser.parse_args(argv)
@@ -49,10 +50,10 @@ def read_model(args):
     runtime.check_checkpoint(weights, '--checkpoint')
     for node in runtime.dicts(cfg.model):
         node.pop('init_cfg', None)      # the checkpoint has all of it
-    return cfg, locate(weights)
+    return cfg, locate(weights, args.weights)
 
 
-def classify(infer, args):
+def classify(infer, args, source):
     for image, result in zip(args.images, infer(args.images)):
         scores = result['pred_scores']
         top = np.argsort(-scores)[:5]
@@ -68,19 +69,20 @@ def classify(infer, args):
         right.invert_yaxis()
         right.set_xlim(0, 1.15)
         right.set_xlabel('probability')
-        fig.savefig(Path(args.out_dir) / f'{Path(image).stem}.png')
+        fig.savefig(Path(args.out_dir) / f'{Path(image).stem}.png',
+                    metadata=dict(Source=source))
         plt.close(fig)
 
 
-def build(cfg, weights, device):
-    """The inferencer of the config's package, with all weights in place."""
+def build(cfg, weights, device, which=None):
+    """The inferencer of the config's package, with all weights in place, and which they are."""
     if is_segmentation(cfg):
         from mmseg.apis import MMSegInferencer
         infer = MMSegInferencer(cfg, weights, device=device)
     else:
         infer = ImageClassificationInferencer(cfg, pretrained=weights, device=device)
-    load_all(infer.model, weights)      # the inferencers themselves would only warn
-    return infer
+    # the inferencers themselves would only warn, and know but the first set
+    return infer, load_all(infer.model, weights, weights=which)[0]
 
 
 def is_segmentation(cfg):
@@ -95,13 +97,13 @@ def main(argv=None):
             if not Path(image).is_file():
                 raise FileNotFoundError(f'There is no image {image}.')
         cfg, weights = read_model(args)
-        infer = build(cfg, weights, args.device)
+        infer, which = build(cfg, weights, args.device, args.weights)
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     if is_segmentation(cfg):
         infer(args.images, out_dir=args.out_dir, img_out_dir='', pred_out_dir='labels')
     else:
-        classify(infer, args)
-    print(f'pictures are in {args.out_dir}')
+        classify(infer, args, f'{which} weights of {weights}')
+    print(f'pictures of the {which} weights of {weights} are in {args.out_dir}')
 
 
 if __name__ == '__main__':

@@ -3,16 +3,23 @@
     python tools/publish_model.py work_dirs/nepa_vit-b/epoch_1600.pth nepa_vit-b [--weights raw]
 
 writes nepa_vit-b_{YYYYMMDD}-{first 8 characters of the SHA-256}.safetensors. Optimizer,
-schedules, message hub and the other set of weights stay behind; the config of the model, the
-class names and which weights these are go along.
+schedules, message hub and the other set of weights stay behind; the config of the model, how
+images become its input, the class names and which weights these are go along.
 """
 import argparse
 import datetime
 from pathlib import Path
 
 from nepa_mm import runtime
-from nepa_mm.checkpoint import read_checkpoint, save_weights, select_weights, weights_of
-from nepa_mm.convert_config import recorded_model
+from nepa_mm.checkpoint import (
+    add_weights_argument,
+    read_checkpoint,
+    save_weights,
+    select_weights,
+    weights_of,
+)
+from nepa_mm.convert_config import recorded_config
+from nepa_mm.convert_input import input_of
 from nepa_mm.hub import sha256
 
 
@@ -21,8 +28,7 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', help='checkpoint file of a run')
     parser.add_argument('out_prefix', help='path and name of the file, without date and suffix')
-    parser.add_argument('--weights', choices=['ema', 'raw'],
-                        help='which set; default: the average, if there is one')
+    add_weights_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -32,10 +38,15 @@ def publish(args):
     state_dict = select_weights(checkpoint, args.weights, args.checkpoint)
     meta = checkpoint['meta']
     kept = {key: meta[key] for key in ('dataset_meta', 'epoch', 'iter') if key in meta}
-    model = recorded_model(meta, args.checkpoint)
-    if model is not None:
-        kept['model'] = model
-    which = args.weights or weights_of(checkpoint)
+    config = recorded_config(meta, args.checkpoint)
+    if 'model' in config:
+        kept['model'] = config['model']
+        try:
+            kept['input'] = input_of(config)
+        except ValueError as error:     # the weights are worth giving away all the same
+            print(f'how images become its input is not recorded: {error}')
+    kept = {key: value for key, value in kept.items() if value is not None}
+    which = weights_of(checkpoint, args.weights)
     draft = Path(f'{args.out_prefix}_draft.safetensors')
     save_weights(state_dict, draft, weights=dict(state_dict=which), **kept)
     final = f'{args.out_prefix}_{datetime.date.today():%Y%m%d}-{sha256(draft)[:8]}.safetensors'

@@ -2,6 +2,9 @@
 
     python tools/test.py CONFIG CHECKPOINT [--tta] [--show-dir DIR] [--out FILE]
     tools/dist_test.sh CONFIG CHECKPOINT GPUS [the same flags]
+
+One set of weights is tested, the average if there is one; metrics, saved predictions and pictures
+are all of it. --weights raw tests the other.
 """
 import argparse
 import os
@@ -10,9 +13,13 @@ from copy import deepcopy
 import mmengine
 from mmengine.config import DictAction
 from mmengine.evaluator import DumpResults
+from mmengine.hooks import EMAHook
+from mmengine.registry import HOOKS
+from mmpretrain.engine import VisualizationHook
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
-from nepa_mm.checkpoint import load_all, locate
+from nepa_mm.checkpoint import add_weights_argument, load_all, locate
+from nepa_mm.run_check import RunCheckHook
 
 
 def parse_args(argv=None):
@@ -22,6 +29,7 @@ def parse_args(argv=None):
     parser.add_argument(
         'checkpoint', help='.pth or .safetensors file, folder with published weights, or '
         'hf://owner/name[@revision]')
+    add_weights_argument(parser)
     parser.add_argument(
         '--work-dir', help='where logs and metrics go (default: work_dirs/<config name>)')
     parser.add_argument(
@@ -47,6 +55,15 @@ def parse_args(argv=None):
     return args
 
 
+@HOOKS.register_module(force=True)
+class FirstViewHook(VisualizationHook):
+    """mmpretrain's hook, which knows nothing of several views of an image: it gets the first."""
+
+    def after_test_iter(self, runner, batch_idx, data_batch, outputs):
+        first = dict(data_batch, inputs=data_batch['inputs'][0])
+        super().after_test_iter(runner, batch_idx, first, outputs)
+
+
 def is_segmentation(cfg):
     return cfg.get('default_scope') == 'mmseg'
 
@@ -58,16 +75,16 @@ def merge_args(cfg, args):
                          'a fine-tuned checkpoint with its config under configs/classification '
                          'or configs/segmentation.')
     runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
-    cfg.load_from, cfg.resume = locate(args.checkpoint), False
+    cfg.load_from, cfg.resume = locate(args.checkpoint, args.weights), False
     if args.show_dir:
-        show_predictions(cfg, args.show_dir)
+        show_predictions(cfg, args.show_dir, args.tta)
     if args.tta:
         augment(cfg)
     if args.out and args.out_item == 'pred' and is_segmentation(cfg):
         cfg.test_evaluator.output_dir = args.out
 
 
-def show_predictions(cfg, show_dir):
+def show_predictions(cfg, show_dir, tta):
     """Let the visualization hook draw every test image into ``show_dir``."""
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if not hook:
@@ -78,6 +95,8 @@ def show_predictions(cfg, show_dir):
     else:
         hook.update(enable=True, out_dir=show_dir)
         hook.setdefault('interval', 1)
+        if tta:
+            hook.type = FirstViewHook.__name__
 
 
 def augment(cfg):
@@ -96,6 +115,28 @@ def augment(cfg):
     cfg.model = dict(cfg.tta_model, module=cfg.model)
 
 
+class NamedResults(DumpResults):
+    """Predictions of which each says by which weights it was made."""
+
+    def __init__(self, weights, **kwargs):
+        super().__init__(**kwargs)
+        self.weights = weights
+
+    def compute_metrics(self, results):
+        return super().compute_metrics([dict(sample, weights=self.weights) for sample in results])
+
+
+def load(runner, cfg, weights):
+    """Load the weights for good: no hook changes them, and the Runner loads no others."""
+    which, meta = load_all(runner.model, cfg.load_from, weights=weights)
+    run_check, = [hook for hook in runner.hooks if isinstance(hook, RunCheckHook)]
+    run_check.note_classes(meta, cfg.load_from)
+    runner.hooks[:] = [hook for hook in runner.hooks if not isinstance(hook, EMAHook)]
+    runner._has_loaded = True
+    runner.logger.info(f'Testing the {which} weights of {cfg.load_from}.')
+    return which
+
+
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the metrics."""
     args = parse_args(argv)
@@ -104,12 +145,15 @@ def main(argv=None):
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
         runner = runtime.start_runner(cfg, start, 'test')
-        load_all(runner.model, cfg.load_from)     # the Runner itself would only warn
+        which = load(runner, cfg, args.weights)
         if args.out and args.out_item == 'pred' and not is_segmentation(cfg):
-            runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+            runner.test_evaluator.metrics.append(NamedResults(which, out_file_path=args.out))
         metrics = runner.test()
-    if args.out and args.out_item == 'metrics' and runner.rank == 0:
-        mmengine.dump(metrics, args.out)
+    if runner.rank == 0:
+        if args.out and args.out_item == 'metrics':
+            mmengine.dump(dict(metrics, weights=which), args.out)
+        print(f'{which} weights of {args.checkpoint}: '
+              + ', '.join(f'{name} {value}' for name, value in metrics.items()))
     return metrics
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from nepa_mm import runtime
 from nepa_mm.backbone import NEPAViT
-from nepa_mm.checkpoint import WEIGHTS, load_all, read_checkpoint, weights_of
+from nepa_mm.checkpoint import add_weights_argument, load_all
 from nepa_mm.visualization import draw_page, draw_sheet, inspect_image
 
 SHEET = 16      # images on one contact sheet
@@ -51,8 +51,7 @@ def parse_args(argv=None):
     parser.add_argument('--grid', action='store_true',
                         help=f'also write contact sheets of up to {SHEET} images')
     parser.add_argument('--out-dir', default='visualization', help='where pictures go')
-    parser.add_argument('--weights', choices=[w for w in WEIGHTS if w],
-                        help='average or raw weights (default: the average if there is one)')
+    add_weights_argument(parser)
     parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override settings of the config')
@@ -60,7 +59,7 @@ def parse_args(argv=None):
 
 
 def build_backbone(cfg, args):
-    """The backbone of the config's model with the checkpoint's weights."""
+    """The backbone of the config's model with the checkpoint's weights, and which they are."""
     backbone = (cfg.get('model') or {}).get('backbone') or {}
     if str(backbone.get('type')).rpartition('.')[2] != NEPAViT.__name__:
         raise ValueError(f'{args.config} has no model with a NEPAViT as backbone, but '
@@ -71,8 +70,8 @@ def build_backbone(cfg, args):
     backbone.pop('init_cfg', None)      # the checkpoint has all of it
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     backbone = MODELS.build(backbone)
-    load_all(backbone, args.checkpoint, prefix='backbone.', weights=args.weights)
-    return backbone.to(args.device or get_device()).eval()
+    weights, _ = load_all(backbone, args.checkpoint, prefix='backbone.', weights=args.weights)
+    return backbone.to(args.device or get_device()).eval(), weights
 
 
 def training_size(cfg):
@@ -173,7 +172,7 @@ def main(argv=None):
     with runtime.one_sentence_errors():
         cfg = runtime.load_config(args.config, args.cfg_options)
         runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
-        backbone = build_backbone(cfg, args)
+        backbone, weights = build_backbone(cfg, args)
         num_layers, num_heads = backbone.num_layers, backbone.layers[0].attn.num_heads
         first = range(max(num_layers * 2 // 3, 1))
         layers = resolve(args.layers or first, num_layers, '--layers')
@@ -188,7 +187,6 @@ def main(argv=None):
                  for image in images]
         queries = [choose_query(args.query, path, grid, shift, rng)
                    for path, grid in zip(args.images, grids)]
-        weights = args.weights or weights_of(read_checkpoint(args.checkpoint))
     source = args.checkpoint
     if '://' not in source:
         source = '/'.join(Path(source).parts[-2:])

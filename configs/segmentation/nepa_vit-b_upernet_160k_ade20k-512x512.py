@@ -25,7 +25,8 @@ Not stated in the paper, ours: 512 is not a multiple of 14, so crops are resized
 in nepa_mm/segmentation.py has the alternatives.
 """
 _base_ = [
-    'mmseg::_base_/models/upernet_mae.py',
+    # the import tells mmengine where mmseg is, in OpenMMLab's own tools, too
+    __import__('nepa_mm') and 'mmseg::_base_/models/upernet_mae.py',
     'mmseg::_base_/datasets/ade20k.py',
     'mmseg::_base_/default_runtime.py',
     'mmseg::_base_/schedules/schedule_160k.py',

@@ -1,12 +1,33 @@
 """The moving average of the weights, evaluated and saved beside the raw ones."""
+from contextlib import contextmanager
+
+import torch
+from mmengine.evaluator import DumpResults
 from mmengine.hooks import RuntimeInfoHook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner.amp import autocast
 from mmengine.runner.checkpoint import weights_to_cpu
 from mmpretrain.engine.hooks import EMAHook
 
+from ..checkpoint import unwrapped
 from ..fsdp import is_sharded
+
+
+@contextmanager
+def _figures_only(evaluator):
+    """An evaluator that writes no predictions: the average's are written already."""
+    metrics, folders = evaluator.metrics, {}
+    evaluator.metrics = [metric for metric in metrics if not isinstance(metric, DumpResults)]
+    for metric in evaluator.metrics:
+        if getattr(metric, 'output_dir', None):
+            folders[metric], metric.output_dir = metric.output_dir, None
+    try:
+        yield evaluator
+    finally:
+        evaluator.metrics = metrics
+        for metric, folder in folders.items():
+            metric.output_dir = folder
 
 
 @HOOKS.register_module()
@@ -17,7 +38,8 @@ class ModelEMAHook(EMAHook):
     - Metrics keep their names for what ``state_dict`` of a checkpoint will hold, the
       average (``accuracy/top1``, so ``save_best`` keeps the best average). With both
       evaluations on, those of the raw weights follow as ``accuracy/top1_raw``, in the
-      log and in what ``runner.val()`` returns.
+      log and in what ``runner.val()`` returns. Saved predictions and pictures are those
+      of the average alone.
     - ``checkpoint['meta']['weights']`` is ``dict(state_dict='ema', ema_state_dict='raw')``:
       mmengine stores the average where a plain loader looks first.
     - An interrupted validation, which leaves the average inside the model, neither
@@ -51,7 +73,7 @@ class ModelEMAHook(EMAHook):
     def before_run(self, runner):
         """Create the average, once per model, though every call to the Runner comes here."""
         self._place_ema(False)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)     # mmengine averages test-time augmentation, too
         if is_sharded(model):
             # they go through state dicts, which are gathered copies of the slices, or move slices
             odd = [name for name in ('update_buffers', 'device') if self.ema_cfg.get(name)]
@@ -60,7 +82,8 @@ class ModelEMAHook(EMAHook):
                 raise ValueError(f'With FSDPRunner {type(self).__name__} averages the slices from '
                                  f'the first update on: leave out {", ".join(odd)}.')
         if getattr(self, 'src_model', None) is not model:
-            super().before_run(runner)
+            self.src_model = model
+            self.ema_model = MODELS.build(self.ema_cfg, default_args=dict(model=model))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Update the average if this iteration updated the parameters."""
@@ -96,10 +119,14 @@ class ModelEMAHook(EMAHook):
         if not (self.evaluate_on_ema and self.evaluate_on_origin):
             return {}
         print_log('Evaluating the raw weights: names end in _raw.', logger='current')
-        for idx, data_batch in enumerate(loop.dataloader):
-            loop.run_iter(idx, data_batch)
-        raw = {f'{name}_raw': value
-               for name, value in loop.evaluator.evaluate(len(loop.dataloader.dataset)).items()}
+        step = runner.model.val_step if loop is runner.val_loop else runner.model.test_step
+        with _figures_only(loop.evaluator) as evaluator, torch.no_grad():
+            for data_batch in loop.dataloader:      # without the hooks, which would draw again
+                with autocast(enabled=loop.fp16):
+                    outputs = step(data_batch)
+                evaluator.process(data_samples=outputs, data_batch=data_batch)
+            found = evaluator.evaluate(len(loop.dataloader.dataset))
+        raw = {f'{name}_raw': value for name, value in found.items()}
         metrics.update(raw)
         return raw
 
