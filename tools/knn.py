@@ -54,7 +54,8 @@ def main(argv=None):
         runtime._fill_dataloaders(cfg)
         init_default_scope(cfg.get('default_scope', 'mmpretrain'))
         model = MODELS.build(cfg.model).to(get_device())
-        which, _ = load_all(model.backbone, args.checkpoint, prefix='backbone.', weights=args.weights)
+        which, _ = load_all(model.backbone, args.checkpoint, prefix='backbone.',
+                            weights=args.weights)
         loaders = [Runner.build_dataloader(cfg[name])
                    for name in ('train_dataloader', 'test_dataloader')]
         accuracy = knn_accuracy(model, *loaders, feature=args.feature, block=args.block, k=args.k,
