@@ -19,6 +19,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
 
+from .cfg_options import merge_options
 from .checkpoint import find_whole_checkpoint
 from .reading import IMAGE_SUFFIXES
 
@@ -53,7 +54,7 @@ def one_sentence_errors():
         raise SystemExit(2) from error
 
 
-def load_config(path, cfg_options=None, work_dir=None, launcher='none'):
+def load_config(path, cfg_options=None, work_dir=None, launcher='none', reads=None, unread=()):
     """Read a config file and merge what every tool's command line can change.
 
     Args:
@@ -62,15 +63,21 @@ def load_config(path, cfg_options=None, work_dir=None, launcher='none'):
         work_dir (str, optional): ``--work-dir``; wins over the file, which wins over the default
             ``work_dirs/<name of the config>``.
         launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
+        reads, unread: Which options the tool reads, see
+            :func:`nepa_mm.cfg_options.merge_options`. Default to what a Runner reads.
 
     Returns:
         Config: The merged config.
 
     Raises:
         FileNotFoundError: If the file, or a base of it, does not exist.
+        ValueError: If an option has no effect.
     """
     cfg = Config.fromfile(path)
-    cfg.merge_from_dict(cfg_options or {})
+    flags = dict(launcher='use the flag --launcher')
+    if work_dir:
+        flags['work_dir'] = f'--work-dir {work_dir} is given as well'
+    merge_options(cfg, cfg_options or {}, reads, {**flags, **dict(unread)})
     name = os.path.splitext(os.path.basename(path))[0]
     cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', name)
     cfg.launcher = launcher

@@ -8,10 +8,10 @@ import os
 from copy import deepcopy
 
 import mmengine
-from mmengine.config import DictAction
 from mmengine.evaluator import DumpResults
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
+from nepa_mm.cfg_options import add_cfg_options
 from nepa_mm.checkpoint import load_all, locate
 
 
@@ -33,10 +33,7 @@ def parse_args(argv=None):
     parser.add_argument(
         '--tta', action='store_true', help='test-time augmentation: tta_pipeline and tta_model of '
         'the config; without them, flipping for classification')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-        help='override settings of the config, e.g. test_dataloader.batch_size=64; lists as '
-        'key="[a,b]" or key=a,b, without blanks')
+    add_cfg_options(parser)
     parser.add_argument(
         '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
         help='what started the processes; the shell scripts beside this file set it')
@@ -45,6 +42,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
+
+
+def unread(args):
+    """Settings of a config that are not looked at, and why."""
+    keys = dict(load_from='CHECKPOINT names the weights', resume='nothing is trained')
+    if not args.tta:
+        keys.update(dict.fromkeys(('tta_model', 'tta_pipeline'), 'give --tta, too'))
+    return keys
 
 
 def is_segmentation(cfg):
@@ -100,7 +105,8 @@ def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the metrics."""
     args = parse_args(argv)
     with runtime.one_sentence_errors():
-        cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+        cfg = runtime.load_config(
+            args.config, args.cfg_options, args.work_dir, args.launcher, unread=unread(args))
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
         runner = runtime.build_runner(cfg)

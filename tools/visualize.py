@@ -13,16 +13,18 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from mmengine.config import DictAction
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image, ImageOps
 
 from nepa_mm import runtime
 from nepa_mm.backbone import NEPAViT
+from nepa_mm.cfg_options import add_cfg_options
 from nepa_mm.checkpoint import WEIGHTS, load_all, read_checkpoint, weights_of
 from nepa_mm.visualization import draw_page, draw_sheet, inspect_image
 
+READS = ('model', 'data_preprocessor', 'train_dataloader', 'default_scope', 'custom_imports')
+UNREAD = {'model.backbone.init_cfg': 'CHECKPOINT names the weights'}
 SHEET = 16      # images on one contact sheet
 
 
@@ -54,8 +56,7 @@ def parse_args(argv=None):
     parser.add_argument('--weights', choices=[w for w in WEIGHTS if w],
                         help='average or raw weights (default: the average if there is one)')
     parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config')
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 
@@ -171,7 +172,7 @@ def main(argv=None):
     args = parse_args(argv)
     matplotlib.use('Agg')
     with runtime.one_sentence_errors():
-        cfg = runtime.load_config(args.config, args.cfg_options)
+        cfg = runtime.load_config(args.config, args.cfg_options, reads=READS, unread=UNREAD)
         runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
         backbone = build_backbone(cfg, args)
         num_layers, num_heads = backbone.num_layers, backbone.layers[0].attn.num_heads
