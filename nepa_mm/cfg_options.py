@@ -180,8 +180,12 @@ def merge_options(cfg, options, reads=None, unread=()):
         after[names[0]] = _put(after._cfg_dict, names, options[names])[names[0]]
     if ('custom_imports',) in {names[:1] for names in options}:     # the file's are imported
         _import(after.custom_imports)
-    reads = set(reads or runner_keys(after))
+    of_runner = runner_keys(after)
+    reads = set(reads or of_runner)
     for names in options:
+        if names[0] in of_runner - reads:
+            raise ValueError(f'this tool does not read {names[0]}, got {".".join(names)}; it reads '
+                             f'{", ".join(sorted(reads))}.')
         if names[0] not in reads:
             raise ValueError(_not_read(before, after, names, reads))
         _check(before, after, names, reads)

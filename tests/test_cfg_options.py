@@ -185,7 +185,7 @@ def test_every_tool_refuses(capsys):
             ('test', 'load_from=a.pth', 'CHECKPOINT names the weights'),
             ('test', 'tta_model.type=A', 'give --tta, too'),
             ('knn', 'train_dataloader.dataset.pipeline.1.scale=8', 'set test_dataloader.dataset'),
-            ('knn', 'optim_wrapper.optimizer.lr=1', 'nearest')):
+            ('knn', 'optim_wrapper.optimizer.lr=1', 'does not read optim_wrapper')):
         assert sentence in refusal(capsys, load_tool(tool).main,
                                    [config, checkpoint, *options(option)])
     status, output = run_script('train.py', config, *options('optim_wrappr.type=X'),
