@@ -17,6 +17,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
 
+from .cfg_options import merge_options
 from .checkpoint import find_whole_checkpoint
 from .errors import one_sentence_errors, part
 from .reading import IMAGE_SUFFIXES
@@ -42,7 +43,7 @@ LAUNCHER_VARIABLES = dict(
              LOCAL_RANK='OMPI_COMM_WORLD_LOCAL_RANK'))
 
 
-def load_config(path, cfg_options=None, work_dir=None, launcher='none'):
+def load_config(path, cfg_options=None, work_dir=None, launcher='none', reads=None, unread=()):
     """Read a config file and merge what every tool's command line can change.
 
     Args:
@@ -51,15 +52,21 @@ def load_config(path, cfg_options=None, work_dir=None, launcher='none'):
         work_dir (str, optional): ``--work-dir``; wins over the file, which wins over the default
             ``work_dirs/<name of the config>``.
         launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
+        reads, unread: Which options the tool reads, see
+            :func:`nepa_mm.cfg_options.merge_options`. Default to what a Runner reads.
 
     Returns:
         Config: The merged config.
 
     Raises:
         FileNotFoundError: If the file, or a base of it, does not exist.
+        ValueError: If an option has no effect.
     """
     cfg = Config.fromfile(path)
-    cfg.merge_from_dict(cfg_options or {})
+    flags = dict(launcher='use the flag --launcher')
+    if work_dir:
+        flags['work_dir'] = f'--work-dir {work_dir} is given as well'
+    merge_options(cfg, cfg_options or {}, reads, {**flags, **dict(unread)})
     name = os.path.splitext(os.path.basename(path))[0]
     cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', name)
     cfg.launcher = launcher

@@ -9,14 +9,21 @@ as configs/classification/nepa_vit-b_linear_in1k.py.
 """
 import argparse
 
-from mmengine.config import DictAction
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from nepa_mm import runtime
+from nepa_mm.cfg_options import add_cfg_options
 from nepa_mm.checkpoint import add_weights_argument, load_all
 from nepa_mm.knn import FEATURES, knn_accuracy
+
+READS = ('model', 'train_dataloader', 'test_dataloader', 'default_scope', 'custom_imports')
+UNREAD = {
+    'model.backbone.init_cfg': 'CHECKPOINT names the weights',
+    'train_dataloader.sampler': 'images are seen once, in their order',
+    **{f'train_dataloader.{key}': f'set test_dataloader.{key}, which is used for both'
+       for key in ('dataset.pipeline', 'batch_size')}}
 
 
 def parse_args(argv=None):
@@ -32,8 +39,7 @@ def parse_args(argv=None):
     parser.add_argument('-k', type=int, default=20, help='neighbours (default: 20)')
     parser.add_argument('--temperature', type=float, default=0.07, help='(default: 0.07)')
     add_weights_argument(parser)
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config')
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 
@@ -41,7 +47,7 @@ def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the accuracies."""
     args = parse_args(argv)
     with runtime.one_sentence_errors():
-        cfg = runtime.load_config(args.config, args.cfg_options)
+        cfg = runtime.load_config(args.config, args.cfg_options, reads=READS, unread=UNREAD)
         if not (cfg.get('train_dataloader') and cfg.get('test_dataloader')):
             raise ValueError(f'{args.config!r} has no labelled train_dataloader and '
                              'test_dataloader; use a config of configs/classification.')

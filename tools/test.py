@@ -11,13 +11,13 @@ import os
 from copy import deepcopy
 
 import mmengine
-from mmengine.config import DictAction
 from mmengine.evaluator import DumpResults
 from mmengine.hooks import EMAHook
 from mmengine.registry import HOOKS
 from mmpretrain.engine import VisualizationHook
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
+from nepa_mm.cfg_options import add_cfg_options
 from nepa_mm.checkpoint import add_weights_argument, load_all, locate
 from nepa_mm.run_check import RunCheckHook
 
@@ -41,10 +41,7 @@ def parse_args(argv=None):
     parser.add_argument(
         '--tta', action='store_true', help='test-time augmentation: tta_pipeline and tta_model of '
         'the config; without them, flipping for classification')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-        help='override settings of the config, e.g. test_dataloader.batch_size=64; lists as '
-        'key="[a,b]" or key=a,b, without blanks')
+    add_cfg_options(parser)
     parser.add_argument(
         '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
         help='what started the processes; the shell scripts beside this file set it')
@@ -62,6 +59,14 @@ class FirstViewHook(VisualizationHook):
     def after_test_iter(self, runner, batch_idx, data_batch, outputs):
         first = dict(data_batch, inputs=data_batch['inputs'][0])
         super().after_test_iter(runner, batch_idx, first, outputs)
+
+
+def unread(args):
+    """Settings of a config that are not looked at, and why."""
+    keys = dict(load_from='CHECKPOINT names the weights', resume='nothing is trained')
+    if not args.tta:
+        keys.update(dict.fromkeys(('tta_model', 'tta_pipeline'), 'give --tta, too'))
+    return keys
 
 
 def is_segmentation(cfg):
@@ -141,7 +146,8 @@ def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the metrics."""
     args = parse_args(argv)
     with runtime.one_sentence_errors() as start:
-        cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+        cfg = runtime.load_config(
+            args.config, args.cfg_options, args.work_dir, args.launcher, unread=unread(args))
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
         runner = runtime.start_runner(cfg, start, 'test')

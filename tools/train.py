@@ -6,9 +6,10 @@
 import argparse
 import os
 
-from mmengine.config import DictAction
-
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
+from nepa_mm.cfg_options import add_cfg_options
+
+TTA = ('tta_model', 'tta_pipeline')
 
 
 def parse_args(argv=None):
@@ -32,10 +33,7 @@ def parse_args(argv=None):
     parser.add_argument(
         '--auto-scale-lr', action='store_true',
         help='lr x (processes x batch_size x accumulative_counts) / auto_scale_lr.base_batch_size')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-        help='override settings of the config, e.g. train_dataloader.batch_size=64; lists as '
-        'key="[a,b]" or key=a,b, without blanks')
+    add_cfg_options(parser)
     parser.add_argument(
         '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
         help='what started the processes; the shell scripts beside this file set it')
@@ -64,7 +62,9 @@ def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the Runner."""
     args = parse_args(argv)
     with runtime.one_sentence_errors() as start:
-        cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+        cfg = runtime.load_config(
+            args.config, args.cfg_options, args.work_dir, args.launcher,
+            unread=dict.fromkeys(TTA, 'only tools/test.py --tta reads it'))
         merge_args(cfg, args)
         runtime.check_data(cfg, 'train_dataloader', 'val_dataloader')
         runner = runtime.start_runner(cfg, start, 'train')

@@ -13,16 +13,18 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from mmengine.config import DictAction
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image, ImageOps
 
 from nepa_mm import runtime
 from nepa_mm.backbone import NEPAViT
+from nepa_mm.cfg_options import add_cfg_options
 from nepa_mm.checkpoint import add_weights_argument, load_all
 from nepa_mm.visualization import draw_page, draw_sheet, inspect_image
 
+READS = ('model', 'data_preprocessor', 'train_dataloader', 'default_scope', 'custom_imports')
+UNREAD = {'model.backbone.init_cfg': 'CHECKPOINT names the weights'}
 SHEET = 16      # images on one contact sheet
 
 
@@ -53,8 +55,7 @@ def parse_args(argv=None):
     parser.add_argument('--out-dir', default='visualization', help='where pictures go')
     add_weights_argument(parser)
     parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config')
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 
@@ -170,7 +171,7 @@ def main(argv=None):
     args = parse_args(argv)
     matplotlib.use('Agg')
     with runtime.one_sentence_errors():
-        cfg = runtime.load_config(args.config, args.cfg_options)
+        cfg = runtime.load_config(args.config, args.cfg_options, reads=READS, unread=UNREAD)
         runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
         backbone, weights = build_backbone(cfg, args)
         num_layers, num_heads = backbone.num_layers, backbone.layers[0].attn.num_heads
