@@ -12,6 +12,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .convert import adapt_input_conv as adapted
 from .convert import from_published
 from .hub import download
 
@@ -268,7 +269,8 @@ def weights_of(checkpoint):
     return recorded.get('state_dict', 'ema' if 'ema_state_dict' in checkpoint else 'raw')
 
 
-def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='cpu'):
+def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='cpu',
+                    adapt_input_conv=False):
     """Load what fits from a checkpoint, and say in the log what did and what did not.
 
     Args:
@@ -278,6 +280,9 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
             to ''.
         weights (str, optional): See :func:`select_weights`. Defaults to None.
         map_location (str): Device of the tensors. Defaults to 'cpu'.
+        adapt_input_conv (bool): Whether a patch embedding of another number of channels is
+            adapted, see :func:`nepa_mm.convert.adapt_input_conv`. Defaults to False: it is
+            refused.
 
     Returns:
         tuple[list, list, list]: Names that matched, names of the module that
@@ -301,10 +306,20 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
             f'the file has keys like {", ".join(list(state_dict)[:3])}; '
             f'the network wants keys like {prefix}{next(iter(own))}.')
     for key in matched:
-        if own[key].shape != found[key].shape:
+        shape, wanted = tuple(found[key].shape), tuple(own[key].shape)
+        if shape == wanted:
+            continue
+        channels_only = (key.endswith('patch_embed.projection.weight') and len(shape) == 4
+                         and shape[:1] + shape[2:] == wanted[:1] + wanted[2:])
+        if not (channels_only and adapt_input_conv):
+            hint = ('is it another architecture, patch size or class count?' if not channels_only
+                    else f'adapt_input_conv=True in init_cfg makes {wanted[1]} channels of '
+                    f'{shape[1]}.')
             raise ValueError(f'{checkpoint} does not fit {type(module).__name__}: {prefix}{key} '
-                             f'has shape {tuple(found[key].shape)}, but {tuple(own[key].shape)} is '
-                             'needed; is it another architecture, patch size or class count?')
+                             f'has shape {shape}, but {wanted} is needed; {hint}')
+        found[key] = adapted(found[key], wanted[1])
+        print_log(f'{prefix}{key} of {checkpoint} is adapted from {shape[1]} to {wanted[1]} '
+                  'channels.', logger='current')
     module.load_state_dict(found, strict=False)
     which = f'{weights} weights' if weights else 'weights'
     print_log(f'Loaded {len(matched)} of {len(own)} tensors of {type(module).__name__} '

@@ -64,6 +64,11 @@ class PatchEmbed(nn.Module):
         """img: (B, C, height, width) -> embeddings (B, gh * gw, D) in scan order, (gh, gw)."""
         B, C, height, width = img.shape
         (ph, pw), conv = self.patch_size, self.projection
+        if C != conv.in_channels:
+            raise ValueError(
+                f'The image has {C} channel{"s" * (C > 1)}, but the network in_channels='
+                f"{conv.in_channels}; set the backbone's in_channels, or color_type of "
+                'LoadWholeImage, and as many values of mean and std.')
         if self.remainder == 'pad':
             img = F.pad(img, (0, -width % pw, 0, -height % ph))
         elif height < ph or width < pw:

@@ -166,7 +166,7 @@ def _data_problem(path):
     if not os.path.exists(path):
         return 'does not exist'
     for _, _, files in os.walk(path, followlinks=True):
-        if any(file.lower().endswith(IMAGE_SUFFIXES) for file in files):
+        if any(file.lower().endswith((*IMAGE_SUFFIXES, '.npy')) for file in files):
             return None
     return 'holds no image'
 

@@ -97,7 +97,7 @@ def config_text(model, config, src):
     cfg = dict(model=changes)
     if classifier and isinstance(size, int) and size != DEFAULTS['image_size']:
         pipeline = [
-            dict(type='LoadImageFromFile'),
+            dict(type='LoadWholeImage'),
             dict(type='ResizeEdge', scale=round(size * 256 / 224), edge='short',
                  interpolation='bicubic', backend='pillow'),
             dict(type='CenterCrop', crop_size=size), dict(type='PackInputs')]

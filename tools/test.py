@@ -12,6 +12,7 @@ from mmengine.config import DictAction
 from mmengine.evaluator import DumpResults
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
+from nepa_mm.channels import check_channels
 from nepa_mm.checkpoint import load_all, locate
 
 
@@ -103,6 +104,7 @@ def main(argv=None):
         cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
+        check_channels(cfg, 'test_dataloader')
         runner = runtime.build_runner(cfg)
         load_all(runner.model, cfg.load_from)     # the Runner itself would only warn
         if args.out and args.out_item == 'pred' and not is_segmentation(cfg):

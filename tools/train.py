@@ -9,6 +9,7 @@ import os
 from mmengine.config import DictAction
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
+from nepa_mm.channels import check_channels
 
 
 def parse_args(argv=None):
@@ -67,6 +68,7 @@ def main(argv=None):
         cfg = runtime.load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         merge_args(cfg, args)
         runtime.check_data(cfg, 'train_dataloader', 'val_dataloader')
+        check_channels(cfg, 'train_dataloader', 'val_dataloader')
         runner = runtime.build_runner(cfg)
     runner.train()
     return runner
