@@ -1,5 +1,6 @@
 """One reader of images: networks in every tool see the same pixels of a file, and people, too."""
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,7 @@ from nepa_mm.reading import DataError
 from .conftest import REPO
 from .tiny_runs import load_tool, run_test, run_train, save_classifier, save_segmentor
 
-predict, visualize, knn, resize = (
-    load_tool(name).main for name in ('predict', 'visualize', 'knn', 'resize_imagenet'))
+predict, visualize, knn = (load_tool(name).main for name in ('predict', 'visualize', 'knn'))
 RNG = np.random.default_rng(7)
 WORDS = RNG.integers(0, 2 ** 16, (28, 28), dtype=np.uint16)
 HIGH = np.dstack([WORDS >> 8] * 3).astype(np.uint8)
@@ -160,7 +160,7 @@ def test_classifier(kind, seen, shown):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_segmentor(kind, seen):
-    """predict, and mmseg's own inferencer; the left half of predict's picture is the image."""
+    """predict, and mmseg's own inferencer; predict's picture is the image with a class over it."""
     from mmseg.apis import MMSegInferencer
     config, checkpoint = save_segmentor()
     path, expected = write(kind, 'mine')
@@ -171,15 +171,18 @@ def test_segmentor(kind, seen):
     predict([str(path), '--model', config, '--checkpoint', checkpoint])
     MMSegInferencer(config, checkpoint, device='cpu')(str(path))
     assert len(seen) == 2 and all(np.array_equal(image[0], expected) for image in seen)
-    picture = np.asarray(Image.open('predictions/image.png'))
-    assert np.array_equal(picture[:, :28], expected)
+    cover = np.asarray(Image.open('predictions/image.png')) - 0.2 * expected    # opacity 0.8
+    colour = np.median(cover, axis=(0, 1))
+    assert (abs(cover - colour).max(axis=2) < 2).mean() > 0.6       # all but the name of the class
 
 
 @pytest.mark.parametrize('kind', [kind for kind in KINDS if 'array' not in kind])
-def test_resized(kind):
+def test_resized(kind, monkeypatch):
     """A smaller copy has the pixels that training reads, made smaller."""
     path, expected = write(kind, 'data')
-    resize(['data', 'small', '--short-side', '14', '--workers', '1'])
+    tool = load_tool('resize_imagenet')
+    monkeypatch.setitem(sys.modules, tool.__name__, tool)   # for the processes of the pool
+    assert tool.main(['data', 'small', '--short-side', '14', '--workers', '1']) == []
     found = TRANSFORMS.build(dict(type='LoadWholeImage'))(
         dict(img_path=str(Path('small') / path.name)))['img'][..., ::-1].astype(int)
     wanted = np.asarray(Image.fromarray(expected).resize((14, 14), Image.Resampling.BICUBIC))

@@ -280,7 +280,7 @@ def test_refusals(pretrained, capsys):
     assert 'at least two patches' in refuse(*pretrained, '--size', '14')
     assert "no checkpoint file 'x.pth'" in refuse(config, 'x.pth', image)
     Path('torn.jpg').write_bytes(Path(image).read_bytes()[:300])
-    assert 'torn.jpg is no image that can be read' in refuse(config, checkpoint, image, 'torn.jpg')
+    assert 'The image torn.jpg cannot be read' in refuse(config, checkpoint, image, 'torn.jpg')
     cfg = Config.fromfile(config)
     cfg.model.backbone.arch.num_layers += 1
     cfg.dump('deeper.py')
