@@ -212,7 +212,8 @@ class NEPADataPreprocessor(SelfSupDataPreprocessor):
         A list of them, the views of mmpretrain's MultiView, becomes a list.
         """
         images = data['inputs']
-        if isinstance(images, (list, tuple)) and all(view.dim() == 4 for view in images):
+        if isinstance(images, (list, tuple)) and all(
+                isinstance(view, torch.Tensor) and view.dim() == 4 for view in images):
             images = [self._normalise(view) for view in images]
         else:
             if not isinstance(images, torch.Tensor) or images.dim() == 1:   # JPEGs
