@@ -26,7 +26,11 @@ class TimmRandAugment(BaseTransform):
         translate_const (int): Largest translation in pixels; the reference's is 100 at
             224 pixels. Defaults to 100.
 
-    Changes ``img`` (height, width, 3), uint8, BGR. Shapes stay as they are.
+    Changes ``img`` (height, width, 3), uint8, BGR, or (height, width), which becomes what three
+    equal channels would. Shapes stay as they are.
+
+    Raises:
+        ValueError: The image has another number of channels.
     """
 
     def __init__(self, policy='rand-m9-mstd0.5-inc1', fill=128, translate_const=100):
@@ -36,8 +40,14 @@ class TimmRandAugment(BaseTransform):
 
     def transform(self, results):
         """Augment ``results['img']``."""
-        image = self.augment(Image.fromarray(results['img'][..., ::-1]))    # timm wants RGB
-        results['img'] = np.ascontiguousarray(np.asarray(image)[..., ::-1])
+        img = np.atleast_3d(results['img'])
+        if img.shape[2] not in (1, 3):
+            raise ValueError('TimmRandAugment augments images of 1 or 3 channels, got '
+                             f'{img.shape[2]}; take it out of the train_pipeline.')
+        rgb = np.broadcast_to(img[..., ::-1], (*img.shape[:2], 3))      # timm wants it
+        augmented = np.asarray(self.augment(Image.fromarray(np.ascontiguousarray(rgb))))
+        augmented = np.ascontiguousarray(augmented[..., ::-1][..., :img.shape[2]])
+        results['img'] = augmented.reshape(results['img'].shape)
         return results
 
 

@@ -105,9 +105,10 @@ class NEPAViT(BaseBackbone):
             ``compile_blocks`` fuses the norms, which autocast gives an fp32 copy otherwise.
             Outputs of earlier blocks are bf16 then. Defaults to False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
-            prefix='backbone.', weights=None | 'ema' | 'raw')`` starts from a
-            checkpoint, see :func:`nepa_mm.checkpoint.load_pretrained`. Defaults to
-            None: normal weights of std 0.02, zero biases.
+            prefix='backbone.', weights=None | 'ema' | 'raw',
+            adapt_input_conv=False | True)`` starts from a checkpoint, see
+            :func:`nepa_mm.checkpoint.load_pretrained`. Defaults to None: normal
+            weights of std 0.02, zero biases.
 
     Raises:
         ValueError: An option has none of the values above; ``embed_dims`` is no

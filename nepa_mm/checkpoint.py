@@ -14,6 +14,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .convert import adapt_input_conv as adapt_kernel
 from .convert import from_published
 from .convert_config import recorded_model
 from .hub import download
@@ -290,7 +291,8 @@ def unwrapped(model):
     return model
 
 
-def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='cpu'):
+def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='cpu',
+                    adapt_input_conv=False):
     """Load what fits from a checkpoint, and say in the log what did and what did not.
 
     Args:
@@ -300,6 +302,9 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
             to ''.
         weights (str, optional): See :func:`select_weights`. Defaults to None.
         map_location (str): Device of the tensors. Defaults to 'cpu'.
+        adapt_input_conv (bool): Whether a patch embedding of another number of channels is
+            adapted, see :func:`nepa_mm.convert.adapt_input_conv`. Defaults to False: it is
+            refused.
 
     Returns:
         tuple[list, list, list]: Names that matched, names of the module that
@@ -309,10 +314,11 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
         ValueError: No tensor matched, or the file holds another network, see
             :func:`check_network`.
     """
-    return _fill(module, checkpoint, prefix, weights, map_location)[0]
+    return _fill(module, checkpoint, prefix, weights, map_location, adapt_input_conv)[0]
 
 
-def _fill(module, checkpoint, prefix='', weights=None, map_location='cpu'):
+def _fill(module, checkpoint, prefix='', weights=None, map_location='cpu',
+          adapt_input_conv=False):
     """What :func:`load_pretrained` returns, which set of weights was taken, and the meta."""
     read = read_checkpoint(checkpoint, map_location, weights)
     state_dict, which = select_weights(read, weights, checkpoint), weights_of(read, weights)
@@ -325,6 +331,8 @@ def _fill(module, checkpoint, prefix='', weights=None, map_location='cpu'):
             f'No tensor of {checkpoint} below the prefix {prefix!r} fits {type(module).__name__}: '
             f'the file has keys like {", ".join(list(state_dict)[:3])}; '
             f'the network wants keys like {prefix}{next(iter(own))}.')
+    if adapt_input_conv:
+        found = adapted(own, found, checkpoint)
     check_network(own, found, checkpoint)
     warn_of_other_function(module, read['meta'], checkpoint)
     module.load_state_dict(found, strict=False)
@@ -340,6 +348,25 @@ def below(state_dict, prefix):
     prefix = prefix and prefix.rstrip('.') + '.'
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
             if name.startswith(prefix)}
+
+
+def adapted(own, found, name):
+    """The tensors of a checkpoint, with a patch embedding for the channels of the network."""
+    found = dict(found)
+    for key in own.keys() & found.keys():
+        if differs_in_channels(key, own, found):
+            print_log(f'{key} of {name} is adapted from {found[key].shape[1]} to '
+                      f'{own[key].shape[1]} channels.', logger='current')
+            found[key] = adapt_kernel(found[key], own[key].shape[1])
+    return found
+
+
+def differs_in_channels(key, own, found):
+    """Whether a kernel of the patch embedding has another shape for its channels alone."""
+    (out, channels, *size), (own_out, own_channels, *own_size) = (
+        [*tensors[key].shape, 0, 0][:4] for tensors in (found, own))
+    return (key.endswith('patch_embed.projection.weight') and channels != own_channels
+            and (out, size) == (own_out, own_size))
 
 
 def check_network(own, found, name):
@@ -359,9 +386,12 @@ def check_network(own, found, name):
     """
     for key in own.keys() & found.keys():
         if own[key].shape != found[key].shape:
+            hint = 'is it another architecture, patch size or class count?'
+            if differs_in_channels(key, own, found):
+                hint = (f'adapt_input_conv=True in init_cfg makes {own[key].shape[1]} channels of '
+                        f'{found[key].shape[1]}.')
             raise ValueError(f'{name} does not fit: {key} has shape {tuple(found[key].shape)}, '
-                             f'but {tuple(own[key].shape)} is needed; is it another architecture, '
-                             'patch size or class count?')
+                             f'but {tuple(own[key].shape)} is needed; {hint}')
 
     def inner(key):
         return key.removeprefix('backbone.').split('.')[0] in INNER

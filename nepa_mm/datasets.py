@@ -11,10 +11,19 @@ import torch
 from mmengine.registry import DATASETS, TRANSFORMS
 from mmpretrain.datasets.base_dataset import BaseDataset
 from mmpretrain.datasets.transforms import PackInputs, RandomResizedCrop
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from .reading import decode_jpeg, is_plain_jpeg, jpeg_size, open_image, read_bytes, to_bgr
+from .reading import (
+    check_color_type,
+    decode_image,
+    decode_jpeg,
+    is_grey,
+    jpeg_size,
+    open_image,
+    plain_jpeg_size,
+    read_bytes,
+)
 
 SPLITS = ('train', 'test')
 NUM_TRAIN = 1297
@@ -151,38 +160,45 @@ class LoadRandomResizedCrop(RandomResizedCrop):
     Args:
         scale (int | Sequence[int]): Side, or height and width, of the result.
         interpolation (str): 'bilinear' or 'bicubic'. Defaults to 'bilinear'.
+        color_type (str): As LoadWholeImage. Only 'color' is faster, and 'unchanged' takes any
+            number of channels. Defaults to 'color'.
         **kwargs: ``crop_ratio_range``, ``aspect_ratio_range`` and ``max_attempts`` of
             mmpretrain's RandomResizedCrop.
 
     Adds ``img`` (height, width, 3), uint8, BGR, ``img_shape`` and ``ori_shape``.
 
     Raises:
-        ValueError: ``interpolation`` is something else.
+        ValueError: ``interpolation`` or ``color_type`` is something else.
         UnreadableImageError: As LoadWholeImage.
     """
 
-    def __init__(self, scale, interpolation='bilinear', **kwargs):
+    def __init__(self, scale, interpolation='bilinear', color_type='color', **kwargs):
         if interpolation not in ('bilinear', 'bicubic'):
             raise ValueError("interpolation must be 'bilinear' or 'bicubic', "
                              f'got {interpolation!r}.')
         super().__init__(scale, interpolation=interpolation, backend='pillow', **kwargs)
+        self.color_type = check_color_type(color_type)
 
     def transform(self, results):
         """Load, crop and resize ``results['img_path']``."""
         path = results['img_path']
         content = read_bytes(path)
-        image = self._decode(content)
+        image = self._decode(content) if self.color_type == 'color' else None
+        reverse = image is not None     # torchvision's pixels are RGB
         if image is None:
-            results['img'] = to_bgr(open_image(content, path), path)
+            results['img'] = decode_image(content, path, self.color_type)
             results['img_shape'] = results['ori_shape'] = results['img'].shape[:2]
-            return super().transform(results)
+            if self.color_type != 'unchanged':
+                return super().transform(results)
+            image = torch.from_numpy(np.atleast_3d(results['img']).copy()).permute(2, 0, 1)
         results['ori_shape'] = tuple(image.shape[1:])
         top, left, height, width = self.rand_crop_params(image.permute(1, 2, 0))
         # packed pixels, three bytes each, are resized and handed on without a copy per channel
         crop = image.permute(1, 2, 0)[top:top + height, left:left + width].contiguous()
         image = F.resize(crop.permute(2, 0, 1), list(self.scale),
                          F.InterpolationMode(self.interpolation), antialias=True)
-        results['img'] = image.permute(1, 2, 0).numpy()[..., ::-1]     # a view: a copy takes longer
+        img = image.permute(1, 2, 0).numpy()
+        results['img'] = img[..., ::-1] if reverse else img     # a view: a copy takes longer
         results['img_shape'] = results['img'].shape[:2]
         return results
 
@@ -211,14 +227,15 @@ class PackEncodedCrop(LoadRandomResizedCrop):
     Args:
         scale (int | Sequence[int]): Side, or height and width, of the result.
         flip_prob (float): Probability of a horizontal flip. Defaults to 0.5.
-        **kwargs: ``interpolation``, ``crop_ratio_range`` and others of LoadRandomResizedCrop.
+        **kwargs: ``interpolation``, ``crop_ratio_range`` and others of LoadRandomResizedCrop;
+            ``color_type`` is 'color'.
 
     Returns ``inputs``, the file as bytes or pixels (3, height, width), uint8, BGR; and
     ``data_samples`` with ``img_shape``, ``flip``, and for a file ``crop`` (top, left, height,
     width) and ``interpolation``.
 
     Raises:
-        ValueError: ``flip_prob`` is not between 0 and 1.
+        ValueError: ``flip_prob`` is not between 0 and 1, or ``color_type`` not 'color'.
         UnreadableImageError: As LoadWholeImage.
     """
 
@@ -226,6 +243,9 @@ class PackEncodedCrop(LoadRandomResizedCrop):
         super().__init__(scale, **kwargs)
         if not 0 <= flip_prob <= 1:
             raise ValueError(f'flip_prob must be between 0 and 1, got {flip_prob}.')
+        if self.color_type != 'color':
+            raise ValueError("PackEncodedCrop reads images of color_type='color' only, got "
+                             f'{self.color_type!r}; use LoadRandomResizedCrop.')
         self.flip_prob = flip_prob
         self.pack = PackInputs(
             meta_keys=(*PackInputs.DEFAULT_META_KEYS, 'crop', 'interpolation'))
@@ -234,10 +254,9 @@ class PackEncodedCrop(LoadRandomResizedCrop):
         """Read ``results['img_path']`` and pack it."""
         path = results['img_path']
         content = read_bytes(path)
-        opened = open_image(content, path)
-        encoded = is_plain_jpeg(opened, content)
+        encoded = plain_jpeg_size(content)
         if encoded:
-            results['ori_shape'] = opened.size[::-1]
+            results['ori_shape'] = encoded
             results['crop'] = self.rand_crop_params(np.broadcast_to(0, results['ori_shape']))
             results['img_shape'], results['interpolation'] = tuple(self.scale), self.interpolation
         else:
@@ -253,7 +272,8 @@ class PackEncodedCrop(LoadRandomResizedCrop):
 def resize_image(source, target, short_side, quality=95):
     """Save an image at a smaller size: turned upright, antialiased, never enlarged.
 
-    An image that is small enough is copied. The file appears whole or not at all.
+    An image that is small enough is copied. Others are written as LoadWholeImage reads them: 8
+    bits, in colour, or grey where the file is. The file appears whole or not at all.
 
     Args:
         source, target (Path): Files; the format of the source is kept.
@@ -261,23 +281,21 @@ def resize_image(source, target, short_side, quality=95):
         quality (int): Of JPEGs, 1 to 95. Defaults to 95.
 
     Raises:
-        OSError: The source is unreadable; so are images cut short and files that are none.
+        DataError: The source is unreadable; so are images cut short and files that are none.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f'.{target.name}.part')
-    with Image.open(source) as image:
-        image.load()
-        factor = short_side / min(image.size)
-        if factor >= 1:
-            shutil.copyfile(source, part)
-        else:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode not in ('L', 'RGB'):
-                upright = upright.convert('RGB')
-            small = upright.resize([max(round(side * factor), short_side)
-                                    for side in upright.size], Image.Resampling.BICUBIC)
-            content = io.BytesIO()
-            options = dict(quality=quality) if image.format == 'JPEG' else {}
-            small.save(content, image.format, **options)
-            part.write_bytes(content.getvalue())
+    content = read_bytes(source)
+    image = open_image(content, source)
+    pixels = decode_image(content, source, 'grayscale' if is_grey(image) else 'color')
+    factor = short_side / min(image.size)
+    if factor >= 1:
+        shutil.copyfile(source, part)
+    else:
+        size = [max(round(side * factor), short_side) for side in pixels.shape[1::-1]]
+        upright = Image.fromarray(pixels if pixels.ndim == 2 else mmcv.bgr2rgb(pixels))
+        small, resized = upright.resize(size, Image.Resampling.BICUBIC), io.BytesIO()
+        options = dict(quality=quality) if image.format == 'JPEG' else {}
+        small.save(resized, image.format, **options)
+        part.write_bytes(resized.getvalue())
     os.replace(part, target)

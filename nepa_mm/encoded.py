@@ -16,7 +16,7 @@ from mmengine.logging import print_log
 from mmengine.registry import FUNCTIONS
 from torchvision.transforms.v2 import functional as F
 
-from .reading import decode_jpeg, open_image, to_bgr
+from .reading import decode_image, decode_jpeg
 
 
 @FUNCTIONS.register_module()
@@ -117,7 +117,7 @@ def decode_jpegs(contents, data_samples, device):
             images.append(decode_jpeg(content, device=device))
         except RuntimeError as error:
             reasons[path] = str(error).split('\n')[0]
-            bgr = to_bgr(open_image(content.numpy().tobytes(), path), path)
+            bgr = decode_image(content.numpy().tobytes(), path)
             images.append(torch.from_numpy(mmcv.bgr2rgb(bgr)).permute(2, 0, 1))
     if len(reasons) == len(contents) > 1:   # it is not the files
         raise RuntimeError(f'No JPEG of a batch can be decoded on {device}: {reasons[path]}')

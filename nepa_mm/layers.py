@@ -13,6 +13,8 @@ from mmcv.cnn import build_activation_layer
 from timm.layers import LayerScale, Mlp, SwiGLU
 from torch import nn
 
+from .reading import DataError
+
 QK_NORMS = (None, 'plain', 'affine', 'affine_bias')
 REMAINDERS = ('error', 'pad', 'drop')
 SCANS = ('raster', 'snake', 'random')
@@ -64,6 +66,11 @@ class PatchEmbed(nn.Module):
         """img: (B, C, height, width) -> embeddings (B, gh * gw, D) in scan order, (gh, gw)."""
         B, C, height, width = img.shape
         (ph, pw), conv = self.patch_size, self.projection
+        if C != conv.in_channels:
+            raise DataError(
+                f'The image has {C} channel{"s" * (C > 1)}, but the network in_channels='
+                f"{conv.in_channels}; set the backbone's in_channels, or color_type of "
+                'LoadWholeImage, and as many values of mean and std.')
         if self.remainder == 'pad':
             img = F.pad(img, (0, -width % pw, 0, -height % ph))
         elif height < ph or width < pw:

@@ -1,4 +1,4 @@
-"""Reading an image file whole, or saying in one sentence that it cannot be read."""
+"""The one reader of image files: whole, or one sentence that says why it cannot be read."""
 import io
 
 import mmcv
@@ -6,9 +6,11 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine import fileio
 from mmengine.registry import TRANSFORMS
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 ORIENTATION = 0x0112    # EXIF: 1 is upright
+SAMPLES_PER_PIXEL = 277     # TIFF
+COLOR_TYPES = dict(color='RGB', grayscale='L', unchanged=None)     # OpenMMLab's names, Pillow's
 # what Pillow reads and people call images
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.tif', '.tiff', '.bmp',
                   '.gif', '.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.avif', '.tga')
@@ -50,6 +52,11 @@ def open_image(content, path):
         raise _unreadable(path, error) from error
 
 
+def is_grey(image):
+    """Whether an opened image has one channel, or one and transparency; a palette is colour."""
+    return image.mode[0] in 'L1IF' and image.mode != 'LAB'
+
+
 def jpeg_size(content):
     """(height, width) as a JPEG's header says; None for other files and odd headers."""
     at = 2 if content[:3] == b'\xff\xd8\xff' else len(content)
@@ -77,20 +84,134 @@ def decode_jpeg(content, **options):
     return torchvision_io.decode_jpeg(content, mode=torchvision_io.ImageReadMode.RGB, **options)
 
 
-def to_bgr(image, path):
-    """The pixels of an opened image, upright: (height, width, 3), uint8, BGR.
+def read_image(path, color_type='color'):
+    """The pixels of a file, for networks and for people; see :func:`decode_image`."""
+    return decode_image(read_bytes(path), path, color_type)
+
+
+def decode_image(content, path, color_type='color'):
+    """The pixels of a file's content, turned upright, as OpenMMLab keeps them.
+
+    ======================  =====================================================================
+    transparency            dropped, but for 'unchanged'
+    16-bit grey             the high byte, as OpenCV; the reference clips, nearly all is white
+    float, 32-bit grey      as they are, if they are numbers from 0 to 255; else an error
+    animated GIF and WebP   the first frame
+    TIFF of several pages   the first page; 'unchanged': a channel for each page of one channel
+    .npy                    (height, width) or (height, width, C); 3 channels are RGB
+    ======================  =====================================================================
+
+    Args:
+        content (bytes): The file.
+        path (str): What error messages call it.
+        color_type (str): 'color', (height, width, 3), uint8, BGR; 'grayscale', (height, width),
+            uint8; 'unchanged', the channels and values of the file, (height, width) or (height,
+            width, C), uint8 or else fp32. Of 'unchanged', 3 channels are BGR, and others have
+            the order of the file: RGBA, say. Defaults to 'color'.
+
+    Returns:
+        ndarray: The pixels.
 
     Raises:
-        UnreadableImageError: The file ends too early, or its content is damaged in a way that
-            the decoder notices.
+        UnreadableImageError: It is no image, ends too early, or is damaged in a way that the
+            decoder notices.
+        DataError: Its channels or values are none that ``color_type`` can show.
     """
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PNG'):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return mmcv.rgb2bgr(np.asarray(image.convert('RGB')))     # numpy takes ten times as long
+        if content.startswith(b'\x93NUMPY'):
+            pixels = _load_npy(content)
+        else:
+            image = open_image(content, path)
+            pixels = _pixels(image, path, color_type)
+            if isinstance(pixels, Image.Image):
+                return _to_array(pixels.convert(COLOR_TYPES[color_type]))
+    except DataError:
+        raise
     except Exception as error:
         raise _unreadable(path, error) from error
+    return convert_pixels(pixels, path, color_type)
+
+
+def _load_npy(content):
+    pixels = np.load(io.BytesIO(content), allow_pickle=False)
+    if pixels.ndim not in (2, 3) or not pixels.size or pixels.dtype.kind not in 'buif':
+        raise ValueError(f'an array of {pixels.dtype} and shape {pixels.shape} is no image '
+                         '(height, width, channels)')
+    return pixels * np.uint8(255) if pixels.dtype.kind == 'b' else pixels
+
+
+def _pixels(image, path, color_type):
+    """An opened image upright: as it is if Pillow converts it to 8 bits rightly, else an array."""
+    kind = image.format
+    if color_type == 'unchanged' and kind == 'TIFF':
+        channels = len(image.getbands())
+        stored = image.tag_v2.get(SAMPLES_PER_PIXEL, 1)
+        if stored > channels and image.mode not in ('P', 'PA'):
+            raise DataError(f'{path} has {stored} channels, of which Pillow reads {channels}; '
+                            'store its pixels as .npy.')
+        if channels == 1 and getattr(image, 'n_frames', 1) > 1:
+            return np.dstack([np.asarray(ImageOps.exif_transpose(page))
+                              for page in ImageSequence.Iterator(image)])
+    image = ImageOps.exif_transpose(image)
+    # Pillow opens 16-bit PGMs as 32-bit, and before its version 11.3 such PNGs, too
+    if image.mode.startswith('I;16') or (image.mode == 'I' and kind in ('PNG', 'PPM')):
+        return np.asarray(image).astype(np.uint16)
+    if color_type != 'unchanged':
+        return np.asarray(image) if image.mode in ('I', 'F') else image
+    if image.mode in ('P', 'PA'):       # a palette is no channel
+        image = image.convert('RGBA' if 'transparency' in image.info or image.mode == 'PA'
+                              else 'RGB')
+    return np.asarray(image.convert('L') if image.mode == '1' else image)
+
+
+def convert_pixels(pixels, path, color_type):
+    """Grey or RGB pixels as an image of ``color_type``; see :func:`decode_image`.
+
+    Args:
+        pixels (ndarray): (height, width) or (height, width, C), of any real type.
+        path (str): What error messages call them.
+        color_type (str): 'color', 'grayscale' or 'unchanged'.
+    """
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    if pixels.ndim == 3 and channels == 1:
+        pixels = pixels[..., 0]
+    if color_type == 'unchanged':
+        pixels = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+        return np.ascontiguousarray(pixels[..., ::-1]) if channels == 3 else pixels
+    if channels not in (1, 3):
+        raise DataError(f'{path} has {channels} channels, but color_type={color_type!r} reads 1 '
+                        "or 3; color_type='unchanged' reads all.")
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    elif pixels.dtype != np.uint8:
+        low, high = pixels.min(), pixels.max()
+        if not 0 <= low <= high <= 255 or (0 < high <= 1 and pixels.dtype.kind == 'f'):
+            raise DataError(f'{path} has {pixels.dtype} values from {low:g} to {high:g}, but '
+                            f'color_type={color_type!r} needs 0 to 255; rescale them, or set '
+                            "color_type='unchanged' and mean and std of that range.")
+        pixels = np.rint(pixels).astype(np.uint8)
+    return _to_array(Image.fromarray(np.ascontiguousarray(pixels)).convert(COLOR_TYPES[color_type]))
+
+
+def _to_array(image):
+    pixels = np.asarray(image)
+    return mmcv.rgb2bgr(pixels) if image.mode == 'RGB' else pixels  # numpy takes ten times as long
+
+
+def to_picture(pixels):
+    """What a person is shown of an image of OpenMMLab: (height, width, 3), uint8, RGB.
+
+    One channel is grey, and so is the first of two. Of more than three, the first three are red,
+    green and blue. What is not uint8 is stretched from its smallest to its largest value.
+    """
+    if pixels.ndim == 2 or pixels.shape[2] < 3:
+        pixels = np.dstack([pixels if pixels.ndim == 2 else pixels[..., 0]] * 3)
+    else:
+        pixels = pixels[..., ::-1] if pixels.shape[2] == 3 else pixels[..., :3]
+    if pixels.dtype != np.uint8:
+        low, high = np.nanmin(pixels), np.nanmax(pixels)
+        pixels = (np.nan_to_num(pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return np.ascontiguousarray(pixels)
 
 
 def _unreadable(path, error):
@@ -98,49 +219,74 @@ def _unreadable(path, error):
     return UnreadableImageError(f'The image {path} cannot be read: {reason.rstrip(".")}.')
 
 
-def is_plain_jpeg(image, content):
-    """Whether every decoder makes the same of a file: colours, upright, not torn.
+def plain_jpeg_size(content):
+    """(height, width) of a JPEG of which every decoder makes the same, None of other files.
 
-    Args:
-        image (PIL.Image.Image): Opened, its pixels not read.
-        content (bytes): The file.
+    Such a one has the usual colours, stands upright and is not torn.
     """
     try:
-        return (image.format == 'JPEG' and image.mode in ('RGB', 'L')
-                and image.info.get('adobe_transform') != 0      # stored as RGB, not YCbCr
-                and image.getexif().get(ORIENTATION, 1) == 1
-                and b'\xff\xd9' in content[-64:])               # the mark of the end
-    except Exception:       # damaged EXIF
-        return False
+        image = Image.open(io.BytesIO(content))
+        plain = (image.format == 'JPEG' and image.mode in ('RGB', 'L')
+                 and image.info.get('adobe_transform') != 0      # stored as RGB, not YCbCr
+                 and image.getexif().get(ORIENTATION, 1) == 1
+                 and b'\xff\xd9' in content[-64:])               # the mark of the end
+    except Exception:       # no image, or damaged EXIF
+        return None
+    return image.size[::-1] if plain else None
+
+
+def check_color_type(color_type):
+    if color_type not in COLOR_TYPES:
+        raise ValueError(f'color_type must be one of {tuple(COLOR_TYPES)}, got {color_type!r}.')
+    return color_type
 
 
 @TRANSFORMS.register_module()
 class LoadWholeImage(BaseTransform):
-    """Load an image of any kind through Pillow, as the reference does, or not at all.
+    """Load an image of any kind through :func:`decode_image`, as the reference does, or not at all.
 
     For 8-bit RGB, grey, palette and 1-bit files the pixels are those of mmcv's
     LoadImageFromFile. Against it, and against ``convert('RGB')`` in the reference:
 
     ======================  =====================================================================
     truncated, damaged      an error always; OpenCV before 5.0 fills the rest with grey
-    CMYK                    as the reference; OpenCV differs by at most 1 of 255
-    transparency            dropped, as in both
+    CMYK                    as the reference; OpenCV differs by at most 2 of 255
+    transparency            dropped, as in both; OpenCV darkens by it in TIFFs
     16-bit grey             the high byte, as OpenCV; the reference clips, nearly all is white
-    animated GIF and WebP   the first frame, as in both
+    float, 32-bit grey      OpenCV reads none
     turned by EXIF          turned upright, as mmcv; ``convert('RGB')`` alone does not
     1 x 1                   an image like any other
     ======================  =====================================================================
 
-    Adds ``img`` (height, width, 3), uint8, BGR, ``img_shape`` and ``ori_shape``.
+    An ``img`` that is there already (data sets without files, mmpretrain's inferencers) is
+    converted alone. mmcv and mmpretrain crop and resize 'unchanged' images of other than 1 or 3
+    channels with ``backend='cv2'`` only; LoadRandomResizedCrop takes any.
+
+    Args:
+        color_type (str): 'color', 'grayscale' or 'unchanged', see :func:`decode_image`. The
+            backbone's ``in_channels`` is 3, 1, or the number in the files. Defaults to 'color'.
+
+    Adds ``img``, ``img_shape`` and ``ori_shape``.
 
     Raises:
+        ValueError: ``color_type`` is something else.
         UnreadableImageError: ``results['img_path']`` cannot be read. The UnreadableImageHook
             replaces such samples.
+        DataError: See :func:`decode_image`.
     """
+
+    def __init__(self, color_type='color', backend_args=None):
+        self.color_type = check_color_type(color_type)
+        self.backend_args = backend_args
 
     def transform(self, results):
         """Load ``results['img_path']``."""
-        path = results['img_path']
-        results['img'] = to_bgr(open_image(read_bytes(path), path), path)
-        results['img_shape'] = results['ori_shape'] = results['img'].shape[:2]
+        path, img = results.get('img_path'), results.get('img')
+        if img is None:
+            img = read_image(path, self.color_type)
+        else:
+            img = img[..., ::-1] if img.shape[2:] == (3,) else img
+            img = convert_pixels(img, path or 'An image', self.color_type)
+        results['img'] = img
+        results['img_shape'] = results['ori_shape'] = img.shape[:2]
         return results

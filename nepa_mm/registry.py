@@ -2,18 +2,23 @@
 
 NEPA's own classes are in mmengine's root registries, where every scope finds them. The rest of
 a config is mmpretrain's or mmseg's, as its ``default_scope`` says. So the registries of this
-scope hold nothing, and look up every name where it would be found without the scope.
+scope look up every name where it would be found without the scope, but for LoadImageFromFile:
+that is LoadWholeImage, under the name that OpenMMLab's inferencers look for in a pipeline.
 mmengine imports this module when it meets the scope.
 """
 from mmengine import registry
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.registry import FUNCTIONS, DefaultScope, Registry
 
+from .reading import LoadWholeImage
+
 
 class TransparentRegistry(Registry):
     """Look names up in the innermost other scope in use, or in mmpretrain when there is none."""
 
     def get(self, key):
+        if key in self._module_dict:
+            return self._module_dict[key]
         scopes = [scope.scope_name for scope in DefaultScope._instance_dict.values()]
         outer = [scope for scope in scopes if scope != self.scope] or ['mmpretrain']
         with self.parent.switch_scope_and_registry(outer[-1]) as found:
@@ -22,6 +27,8 @@ class TransparentRegistry(Registry):
 
 for root in [value for value in vars(registry).values() if isinstance(value, Registry)]:
     TransparentRegistry(root.name, parent=root, scope='nepa_mm')
+    if root is registry.TRANSFORMS:
+        root.children['nepa_mm'].register_module('LoadImageFromFile', module=LoadWholeImage)
 
 
 # mmengine passes the scope of an inherited `collate_fn` on to the function, which knows none.

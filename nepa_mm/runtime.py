@@ -173,7 +173,7 @@ def _data_problem(path, labelled):
         return 'does not exist'
     flat = False
     for folder, _, files in os.walk(path, followlinks=True):
-        if any(file.lower().endswith(IMAGE_SUFFIXES) for file in files):
+        if any(file.lower().endswith((*IMAGE_SUFFIXES, '.npy')) for file in files):
             if not labelled or folder != path:
                 return None
             flat = True

@@ -128,12 +128,13 @@ def test_pca():
     ((1000, 100), 28, (280, 28))])
 def test_fit_image(size, short, expected):
     """Whole patches; a circle stays a circle."""
-    assert fit_image(Image.new('RGB', size), short, (14, 14)).size == expected
+    image = np.zeros((*size[::-1], 3), np.uint8)
+    assert fit_image(image, short, (14, 14)).shape == (*expected[::-1], 3)
 
 
 def test_aspect_is_kept():
     y, x = np.mgrid[:100, :145]
-    disc = Image.fromarray((((x - 72) ** 2 + (y - 50) ** 2 < 900) * 255).astype(np.uint8))
+    disc = (((x - 72) ** 2 + (y - 50) ** 2 < 900) * 255).astype(np.uint8)
     seen = np.array(fit_image(disc, 42, (14, 14))) > 127        # 145 would fit 60.9 pixels
     assert seen.shape == (42, 56)
     assert abs(seen.any(axis=0).sum() - seen.any(axis=1).sum()) <= 1
@@ -141,7 +142,7 @@ def test_aspect_is_kept():
 
 def test_too_small():
     with pytest.raises(ValueError, match='at least two patches, 28 pixels, got 20'):
-        fit_image(Image.new('RGB', (50, 50)), 20, (14, 14))
+        fit_image(np.zeros((50, 50, 3), np.uint8), 20, (14, 14))
 
 
 @pytest.fixture
@@ -198,10 +199,10 @@ def test_query_that_predicts_nothing(pretrained, figures):
 def test_what_the_model_saw(pretrained):
     """Values and order of the channels as from the config's data_preprocessor."""
     cfg = Config.fromfile(pretrained[0])
-    image = tool.read_image('photo.jpg', 28, (14, 14))
+    image = tool.load_image('photo.jpg', cfg, 28, (14, 14))
     for to_rgb in (True, False):
         cfg.model.data_preprocessor.update(mean=[1., 2., 3.], std=[4., 5., 6.], to_rgb=to_rgb)
-        loaded = torch.tensor(image[..., ::-1].copy()).permute(2, 0, 1)     # as mmcv loads it, BGR
+        loaded = torch.tensor(image).permute(2, 0, 1)
         expected = MODELS.build(cfg.model.data_preprocessor)(
             dict(inputs=loaded[None], data_samples=[]))
         torch.testing.assert_close(tool.normalise(image, cfg, 'cpu'), expected['inputs'])
@@ -279,7 +280,7 @@ def test_refusals(pretrained, capsys):
     assert 'at least two patches' in refuse(*pretrained, '--size', '14')
     assert "no checkpoint file 'x.pth'" in refuse(config, 'x.pth', image)
     Path('torn.jpg').write_bytes(Path(image).read_bytes()[:300])
-    assert 'torn.jpg is no image that can be read' in refuse(config, checkpoint, image, 'torn.jpg')
+    assert 'The image torn.jpg cannot be read' in refuse(config, checkpoint, image, 'torn.jpg')
     cfg = Config.fromfile(config)
     cfg.model.backbone.arch.num_layers += 1
     cfg.dump('deeper.py')

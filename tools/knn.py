@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 
 from nepa_mm import runtime
 from nepa_mm.cfg_options import add_cfg_options
+from nepa_mm.channels import check_channels
 from nepa_mm.checkpoint import add_weights_argument, load_all
 from nepa_mm.knn import FEATURES, knn_accuracy
 
@@ -53,6 +54,7 @@ def main(argv=None):
                              'test_dataloader; use a config of configs/classification.')
         runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
         runtime.check_data(cfg, 'train_dataloader', 'test_dataloader')
+        check_channels(cfg, 'train_dataloader', 'test_dataloader')
         cfg.train_dataloader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
         cfg.train_dataloader.batch_size = cfg.test_dataloader.batch_size
         cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=False)

@@ -13,10 +13,11 @@ from matplotlib import pyplot as plt
 from mmengine.config import Config
 from mmpretrain import ImageClassificationInferencer
 from mmpretrain.apis.model import ModelHub
-from PIL import Image
 
 from nepa_mm import runtime
+from nepa_mm.channels import check_channels, color_type
 from nepa_mm.checkpoint import add_weights_argument, load_all, locate
+from nepa_mm.reading import read_image, to_picture
 
 
 def parse_args(argv=None):
@@ -47,6 +48,7 @@ def read_model(args):
     if 'test_dataloader' not in cfg:
         raise ValueError(f'{args.model} predicts neither classes nor segments: it has no '
                          'test_dataloader, as a pretraining config.')
+    check_channels(cfg, 'test_dataloader')
     runtime.check_checkpoint(weights, '--checkpoint')
     for node in runtime.dicts(cfg.model):
         node.pop('init_cfg', None)      # the checkpoint has all of it
@@ -54,7 +56,9 @@ def read_model(args):
 
 
 def classify(infer, args, source):
-    for image, result in zip(args.images, infer(args.images)):
+    for image in args.images:
+        pixels = read_image(image, infer.color_type)
+        result, = infer(pixels)
         scores = result['pred_scores']
         top = np.argsort(-scores)[:5]
         names = [infer.classes[i] if infer.classes else f'class {i}' for i in top]
@@ -62,7 +66,7 @@ def classify(infer, args, source):
         for name, score in zip(names, scores[top]):
             print(f'  {score:6.2%}  {name}')
         fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
-        left.imshow(Image.open(image).convert('RGB'))
+        left.imshow(to_picture(pixels))
         left.axis('off')
         bars = right.barh([name.split(',')[0] for name in names], scores[top])
         right.bar_label(bars, [f'{score:.1%}' for score in scores[top]], padding=3)
@@ -77,12 +81,32 @@ def classify(infer, args, source):
 def build(cfg, weights, device, which=None):
     """The inferencer of the config's package, with all weights in place, and which they are."""
     if is_segmentation(cfg):
-        from mmseg.apis import MMSegInferencer
-        infer = MMSegInferencer(cfg, weights, device=device)
+        infer = segmenter()(cfg, weights, device=device)
     else:
         infer = ImageClassificationInferencer(cfg, pretrained=weights, device=device)
+    infer.color_type = color_type(cfg, 'test_dataloader')
     # the inferencers themselves would only warn, and know but the first set
     return infer, load_all(infer.model, weights, weights=which)[0]
+
+
+def segmenter():
+    """mmseg's inferencer, which draws on what it sees of a file, not on what OpenCV does."""
+    from mmseg.apis import MMSegInferencer
+
+    class Segmenter(MMSegInferencer):
+        def preprocess(self, inputs, *args, **kwargs):
+            arrays = (read_image(image, self.color_type) for image in inputs)
+            return super().preprocess(arrays, *args, **kwargs)
+
+        def visualize(self, inputs, preds, img_out_dir='', **kwargs):
+            self.visualizer.set_dataset_meta(**self.model.dataset_meta)
+            self.visualizer.alpha = 0.8
+            for image, pred in zip(inputs, preds):
+                self.visualizer.add_datasample(
+                    Path(image).name, to_picture(read_image(image, self.color_type)), pred,
+                    draw_gt=False, out_file=str(Path(img_out_dir) / f'{Path(image).stem}.png'))
+
+    return Segmenter
 
 
 def is_segmentation(cfg):
@@ -98,11 +122,11 @@ def main(argv=None):
                 raise FileNotFoundError(f'There is no image {image}.')
         cfg, weights = read_model(args)
         infer, which = build(cfg, weights, args.device, args.weights)
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-    if is_segmentation(cfg):
-        infer(args.images, out_dir=args.out_dir, img_out_dir='', pred_out_dir='labels')
-    else:
-        classify(infer, args, f'{which} weights of {weights}')
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        if is_segmentation(cfg):
+            infer(args.images, out_dir=args.out_dir, img_out_dir='', pred_out_dir='labels')
+        else:
+            classify(infer, args, f'{which} weights of {weights}')
     print(f'pictures of the {which} weights of {weights} are in {args.out_dir}')
 
 

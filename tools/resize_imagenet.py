@@ -3,7 +3,9 @@
     python tools/resize_imagenet.py data/imagenet data/imagenet256 [--short-side 256]
 
 Folders and names stay. A second call goes on where the first one was stopped. Images that cannot
-be read are listed in TARGET/unreadable.txt. Other files are not copied.
+be read are listed in TARGET/unreadable.txt. Other files are not copied. What is resized is written
+as training reads it (LoadWholeImage): upright, 8-bit colour or grey, 16-bit grey by its high byte,
+without transparency. Images that are small enough are copied as they are.
 """
 import argparse
 import json

@@ -18,6 +18,7 @@ from mmpretrain.engine import VisualizationHook
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
 from nepa_mm.cfg_options import add_cfg_options
+from nepa_mm.channels import check_channels
 from nepa_mm.checkpoint import add_weights_argument, load_all, locate
 from nepa_mm.run_check import RunCheckHook
 
@@ -150,6 +151,7 @@ def main(argv=None):
             args.config, args.cfg_options, args.work_dir, args.launcher, unread=unread(args))
         merge_args(cfg, args)
         runtime.check_data(cfg, 'test_dataloader')
+        check_channels(cfg, 'test_dataloader')
         runner = runtime.start_runner(cfg, start, 'test')
         which = load(runner, cfg, args.weights)
         if args.out and args.out_item == 'pred' and not is_segmentation(cfg):

@@ -8,6 +8,7 @@ import os
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
 from nepa_mm.cfg_options import add_cfg_options
+from nepa_mm.channels import check_channels
 
 TTA = ('tta_model', 'tta_pipeline')
 
@@ -67,6 +68,7 @@ def main(argv=None):
             unread=dict.fromkeys(TTA, 'only tools/test.py --tta reads it'))
         merge_args(cfg, args)
         runtime.check_data(cfg, 'train_dataloader', 'val_dataloader')
+        check_channels(cfg, 'train_dataloader', 'val_dataloader')
         runner = runtime.start_runner(cfg, start, 'train')
         runner.train()
     return runner

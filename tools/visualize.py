@@ -4,7 +4,9 @@
 
 Attention of a query patch, features as colours and, of a pretrained network, its prediction at
 the query, how well every patch is predicted, and the lift over copying. Classifiers and segmentors
-do not predict, so their pages have the first two.
+do not predict, so their pages have the first two. Files are read as the config reads them; of more
+than three channels the first three are shown as red, green and blue, one channel as grey, and
+values other than 8-bit are stretched from the smallest to the largest.
 """
 import argparse
 import math
@@ -20,7 +22,9 @@ from PIL import Image, ImageOps
 from nepa_mm import runtime
 from nepa_mm.backbone import NEPAViT
 from nepa_mm.cfg_options import add_cfg_options
+from nepa_mm.channels import check_channels, color_type, preprocessing
 from nepa_mm.checkpoint import add_weights_argument, load_all
+from nepa_mm.reading import read_image, to_picture
 from nepa_mm.visualization import draw_page, draw_sheet, inspect_image
 
 READS = ('model', 'data_preprocessor', 'train_dataloader', 'default_scope', 'custom_imports')
@@ -87,12 +91,12 @@ def fit_image(image, size, patch_size):
     """Resize an image to a whole number of patches with its aspect kept.
 
     Args:
-        image (PIL.Image): Any size.
+        image (ndarray): (height, width) or (height, width, C), of any size.
         size (int): Its short side in pixels, rounded to whole patches.
         patch_size (tuple[int, int]): Height and width of a patch in pixels.
 
     Returns:
-        PIL.Image: What is left over, less than half a patch at either end, is cut off.
+        ndarray: The same. What is left over, less than half a patch at either end, is cut off.
 
     Raises:
         ValueError: ``size`` is less than two patches.
@@ -100,27 +104,28 @@ def fit_image(image, size, patch_size):
     if size < 2 * max(patch_size):
         raise ValueError(f'The short side must have at least two patches, {2 * max(patch_size)} '
                          f'pixels, got {size}.')
-    scale = size / min(image.size)
-    width, height = (round(side * scale / patch) * patch
-                     for side, patch in zip(image.size, patch_size[::-1]))
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    scale = size / min(image.shape[:2])
+    height, width = (round(side * scale / patch) * patch
+                     for side, patch in zip(image.shape, patch_size))
+    channels = [np.asarray(ImageOps.fit(Image.fromarray(np.ascontiguousarray(channel)),
+                                        (width, height), Image.Resampling.BICUBIC))
+                for channel in np.moveaxis(np.atleast_3d(image), 2, 0)]
+    return np.dstack(channels) if image.ndim == 3 else channels[0]
 
 
-def read_image(path, size, patch_size):
-    """What the model sees of an image file, as a picture."""
+def load_image(path, cfg, size, patch_size):
+    """What the model sees of an image file, (height, width) or (height, width, C), BGR."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'There is no image {path}.')
-    try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
-    except Exception as error:      # each decoder raises its own
-        raise ValueError(f'{path} is no image that can be read: {error}') from error
-    return np.array(fit_image(image, size, patch_size))
+    return fit_image(read_image(path, color_type(cfg, 'test_dataloader', 'train_dataloader')),
+                     size, patch_size)
 
 
 def normalise(image, cfg, device):
-    """The picture (height, width, 3) as the network's input (1, 3, height, width)."""
-    settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    if not (settings.get('to_rgb') or settings.get('bgr_to_rgb')):
+    """The image as the network's input (1, C, height, width)."""
+    settings = preprocessing(cfg)
+    image = np.atleast_3d(image)
+    if image.shape[2] == 3 and (settings.get('to_rgb') or settings.get('bgr_to_rgb')):
         image = image[..., ::-1]
     image = (image - np.array(settings.get('mean', 0.))) / np.array(settings.get('std', 1.))
     return torch.tensor(image.transpose(2, 0, 1)[None], dtype=torch.float32, device=device)
@@ -172,6 +177,7 @@ def main(argv=None):
     matplotlib.use('Agg')
     with runtime.one_sentence_errors():
         cfg = runtime.load_config(args.config, args.cfg_options, reads=READS, unread=UNREAD)
+        check_channels(cfg)
         runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
         backbone, weights = build_backbone(cfg, args)
         num_layers, num_heads = backbone.num_layers, backbone.layers[0].attn.num_heads
@@ -182,7 +188,7 @@ def main(argv=None):
         shift = cfg.model.head.get('shift', 1) if cfg.model.type == 'NEPA' else None
         patch_size = backbone.patch_embed.patch_size
         size = training_size(cfg) if args.size is None else args.size
-        images = [read_image(path, size, patch_size) for path in args.images]
+        images = [load_image(path, cfg, size, patch_size) for path in args.images]
         rng = np.random.default_rng(args.seed)
         grids = [(image.shape[0] // patch_size[0], image.shape[1] // patch_size[1])
                  for image in images]
@@ -207,6 +213,7 @@ def main(argv=None):
         page = next(pages)
         view = inspect_image(backbone, normalise(image, cfg, backbone.cls_token.device), query,
                              layers, heads, block, args.rollout, shift)
+        image = to_picture(image)
         draw_page(page, name, image, view, source, settings, backbone.causal)
         print(page)
         entries.append((name, image, view))

@@ -34,7 +34,7 @@ model = dict(
     test_cfg=dict(_delete_=True, mode='whole'))
 
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadImageFromFile', _scope_='nepa_mm'),      # LoadWholeImage
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]

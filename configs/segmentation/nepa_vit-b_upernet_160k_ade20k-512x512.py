@@ -61,11 +61,18 @@ model = dict(
     auxiliary_head=dict(in_channels=768, num_classes=150),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
 
+# one reader of images, under the name that mmseg's inferencer looks for: LoadWholeImage
+load_image = dict(type='LoadImageFromFile', _scope_='nepa_mm')
+train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
+tta_pipeline = _base_.tta_pipeline
+train_pipeline[0] = test_pipeline[0] = tta_pipeline[0] = load_image
+
 # 8 GPUs x 2 crops
-train_dataloader = dict(batch_size=2)
+train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader
 
 # mmseg's scales are fractions of the file's size; here, as published figures have it, of 512
-tta_pipeline = _base_.tta_pipeline
 tta_pipeline[1].transforms[0] = [
     dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
     for ratio in _base_.img_ratios]
