@@ -32,10 +32,13 @@ def images(tmp_path_factory):
 def shrink_classifier(path, images):
     """The recipe with other sizes, lengths and first weights, and an average that keeps up."""
     cfg = test_classification.shrink(Config.fromfile(path), images, 'work')
+    crop = cfg.train_dataloader.dataset.pipeline[1].scale
+    size = cfg.model.backbone.img_size = 2 * cfg.model.backbone.get('patch_size', 14)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         for step in loader.dataset.pipeline:
             for key in {'scale', 'crop_size'} & set(step):
-                step[key] = step[key] * SIZE // 224 if isinstance(step[key], int) else (SIZE, SIZE)
+                old = step[key]
+                step[key] = old * size // crop if isinstance(old, int) else (size, size)
     cfg.train_cfg.update(max_epochs=EPOCHS, val_interval=EPOCHS)
     cfg.param_scheduler.end = cfg.default_hooks.checkpoint.interval = EPOCHS
     if 'warmup' in cfg.param_scheduler:
@@ -71,8 +74,8 @@ def test_classification_recipe(path, images, tmp_path, monkeypatch):
     assert all(word in docstring for word in ('Paper:', 'Expected:', 'Cost:', 'Command:'))
     mixed, has_ema = (kind in str(cfg) for kind in ('TimmBatchAugment', 'ModelEMAHook'))
     runner, losses = train(cfg, path.stem)
-    if mixed:   # and smoothed labels leave half a nat
-        assert losses[:32].mean() > 0.62 and losses[-32:].mean() < 0.58
+    if mixed:   # and smoothed labels leave half a nat of the 0.69 at the start
+        assert losses[-96:].mean() < losses[:32].mean() - 0.03
     else:
         assert losses[-32:].mean() < 0.3 * losses[:8].mean()
     scalars = runner.message_hub.log_scalars
