@@ -2,8 +2,8 @@
 
 One set of imports (mmengine, mmcv, mmpretrain, mmseg), two sets of distributions: the maintained
 ``onedl-*`` builds (extra ``mm``) and the original ones (extra ``openmmlab``). setup.py reads the
-tables below, so what is asked for at installation is what is checked at import. The lower bounds
-are tested: `make test-oldest` installs exactly them, which `python nepa_mm/stack.py` prints. There
+tables below, so what is asked for at installation is what is checked at import. Lower bounds of the
+current stack are tested: `make test-oldest` installs what `python nepa_mm/stack.py` prints. There
 is no upper bound that was not seen to be needed.
 """
 import re
