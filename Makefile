@@ -4,6 +4,8 @@
 # make faults       kill runs, damage files, and see that nothing is lost (CPU, minutes)
 # make test-classic run a part of them on the original distributions, in VENV .venv-classic;
 #                   PYTHON=python3.10 PINS="torch==2.4.1 torchvision==0.19.1 numpy==1.26.4" fits, too
+# make test-oldest  run a part of them with the oldest libraries that nepa_mm/stack.py allows, in
+#                   VENV .venv-oldest
 # make test-pythons a smaller part on each of PYTHONS, in .venv-python3.10 and so on
 # make lint         check the style
 # Each first installs what it needs into VENV, once; PYTHON makes VENV when there is none.
@@ -12,11 +14,12 @@ PYTHON ?= python3
 EXTRAS ?= mm,test,export
 PINS ?=
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+OLDEST = parity augment recipes classification segmentation tools stack
 CLASSIC = parity nepa optim ema checkpoint reliability guard classification segmentation stack
 PY = $(VENV)/bin/python
 INSTALLED = $(VENV)/.nepa_mm
 
-.PHONY: demo ablations test test-classic test-pythons faults lint
+.PHONY: demo ablations test test-classic test-oldest test-pythons faults lint
 demo: $(INSTALLED)
 	$(PY) tools/demo.py
 
@@ -28,6 +31,10 @@ test: $(INSTALLED)
 
 test-classic:
 	$(MAKE) test VENV=.venv-classic EXTRAS=openmmlab,test TESTS='$(CLASSIC:%=tests/test_%.py)'
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest EXTRAS=mm,test PINS="$$($(PYTHON) nepa_mm/stack.py)" \
+	  TESTS='$(OLDEST:%=tests/test_%.py)'
 
 test-pythons:
 	for python in $(PYTHONS); do $(MAKE) test PYTHON=$$python VENV=.venv-$${python##*/} \

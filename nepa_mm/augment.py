@@ -5,14 +5,26 @@ translates by a share of the image instead of timm's constant 100 pixels, its Mi
 draw a random partner instead of the reversed batch and smooth no labels, and its erasing fills
 with clipped integers before the normalisation.
 """
+import re
+
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
 from mmpretrain.registry import BATCH_AUGMENTS
 from PIL import Image
-from timm.data import Mixup, rand_augment_transform
+from timm.data import Mixup, auto_augment, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
+
+# timm ignores a misspelt `mstd` or `t`, and asserts without a word on others
+SECTION = r'm\d+|n\d+|p\d*\.?\d+|mstd\d*\.?\d+|mmax\d+|inc[01]|t(weights|3a|3aw)'
+
+
+def posterize(image, bits_to_keep, **kwargs):
+    """timm's operation, with the black image for 0 bits that Pillow gave before 13."""
+    if bits_to_keep <= 0:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **kwargs)
 
 
 @TRANSFORMS.register_module()
@@ -30,13 +42,21 @@ class TimmRandAugment(BaseTransform):
     equal channels would. Shapes stay as they are.
 
     Raises:
-        ValueError: The image has another number of channels.
+        ValueError: timm does not know the policy, or a part of it; or the image has another number
+            of channels.
     """
 
     def __init__(self, policy='rand-m9-mstd0.5-inc1', fill=128, translate_const=100):
+        if not re.fullmatch(rf'rand(-({SECTION}))*', policy):
+            raise ValueError(
+                "policy is timm's, rand and any of m, n, p, mstd, mmax with a number, inc0, inc1, "
+                f"tweights, t3a and t3aw, e.g. 'rand-m9-mstd0.5-inc1'; got '{policy}'")
         self.augment = rand_augment_transform(policy, dict(
             translate_const=translate_const, img_mean=(fill,) * 3,
             interpolation=Image.Resampling.BICUBIC))
+        for op in self.augment.ops:
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = posterize
 
     def transform(self, results):
         """Augment ``results['img']``."""

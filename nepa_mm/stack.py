@@ -2,7 +2,9 @@
 
 One set of imports (mmengine, mmcv, mmpretrain, mmseg), two sets of distributions: the maintained
 ``onedl-*`` builds (extra ``mm``) and the original ones (extra ``openmmlab``). setup.py reads the
-tables below, so what is asked for at installation is what is checked at import.
+tables below, so what is asked for at installation is what is checked at import. Lower bounds of the
+current stack are tested: `make test-oldest` installs what `python nepa_mm/stack.py` prints. There
+is no upper bound that was not seen to be needed.
 """
 import re
 from importlib import import_module, metadata, util
@@ -12,15 +14,17 @@ CORE = {    # module: requirement
     'torch': 'torch>=2.4',
     'torchvision': 'torchvision>=0.19',
     'timm': 'timm>=1.0.9',
-    'safetensors': 'safetensors',
-    'numpy': 'numpy',
-    'PIL': 'pillow',
-    'packaging': 'packaging',
+    'safetensors': 'safetensors>=0.4',
+    'numpy': 'numpy>=1.26.4',
+    'PIL': 'pillow>=10.1',
+    'packaging': 'packaging>=22',
 }
 CURRENT = {
     'torch': 'torch>=2.5',
+    'torchvision': 'torchvision>=0.20',
+    'numpy': 'numpy>=2.0.1',        # onedl-mmsegmentation's
     'mmengine': 'onedl-mmengine>=0.10.8',
-    'mmcv': 'onedl-mmcv>=2.3',
+    'mmcv': 'onedl-mmcv>=2.3.1',    # 2.3.0 asks for numpy<2
     'mmpretrain': 'onedl-mmpretrain>=1.3',
     'mmseg': 'onedl-mmsegmentation>=1.4',
 }
@@ -36,6 +40,11 @@ SAME_MODULE = {'mmengine': ['mmengine-lite'], 'mmcv': ['mmcv', 'mmcv-full']}    
 def name_of(requirement):
     """``'mmcv-lite>=2.1,<2.2'`` -> ``'mmcv-lite'``."""
     return re.match(r'[\w.-]+', requirement)[0]
+
+
+def oldest():
+    """The lower bounds of the current stack as pip's pins: ``['torch==2.5', ...]``."""
+    return [requirement.replace('>=', '==') for requirement in (CORE | CURRENT).values()]
 
 
 def versions(module):
@@ -132,3 +141,7 @@ def register_models():
     folder = Path(__file__).parent / '.mim'
     if not ModelHub.has('nepa_vit-b'):
         ModelHub.register_model_index(folder / 'model-index.yml', config_prefix=folder)
+
+
+if __name__ == '__main__':
+    print(*oldest())

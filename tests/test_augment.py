@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import MODELS, TRANSFORMS
 from mmpretrain.structures import DataSample
 from PIL import Image
@@ -97,6 +98,109 @@ def test_rand_augment_equals_timm_in_rgb():
         assert np.array_equal(ours, theirs)
         changed += not np.array_equal(ours, bgr)
     assert changed > 5
+
+
+def apply(policy, name, magnitude, rgb):
+    """What one operation of a policy makes of an image, at a fixed magnitude: RGB to RGB."""
+    step = TimmRandAugment(policy)
+    step.augment.ops = [op for op in step.augment.ops if op.name == name]
+    step.augment.num_layers, step.augment.choice_weights = 1, None
+    op, = step.augment.ops
+    op.prob, op.magnitude, op.magnitude_std = 1., magnitude, 0
+    return step(dict(img=rgb[..., ::-1]))['img'][..., ::-1]
+
+
+def posterized(values, bits):
+    return values // 2 ** (8 - bits) * 2 ** (8 - bits) if bits > 0 else 0 * values
+
+
+def solarized(values, threshold):
+    return np.where(values < threshold, values, 255 - values)
+
+
+# by integers: what an operation makes of its values, of dtype int, at a share of its range
+EXACT = {
+    'Posterize': lambda x, level: posterized(x, int(4 * level)),
+    'PosterizeIncreasing': lambda x, level: posterized(x, 4 - int(4 * level)),
+    'Solarize': lambda x, level: solarized(x, min(256, int(256 * level))),
+    'SolarizeIncreasing': lambda x, level: solarized(x, 256 - min(256, int(256 * level))),
+    'SolarizeAdd': lambda x, level: np.where(
+        x < 128, np.minimum(255, x + min(128, int(110 * level))), x),
+    'Invert': lambda x, level: 255 - x,
+}
+POLICIES = ['rand-m9-mstd0.5-inc1', 'rand-m9-mstd0.5', 'rand-m9-mmax30-inc1', 'rand-m9-mmax30',
+            'rand-m9-tweights', 'rand-m9-t3a', 'rand-m9-t3aw']
+
+
+@pytest.mark.parametrize('policy', POLICIES)
+def test_every_operation_over_its_range_and_beyond(policy):
+    rng = np.random.default_rng(0)
+    checked = set()
+    for op in TimmRandAugment(policy).augment.ops:
+        for size in [(1, 1), (1, 7), (5, 3), (28, 31)]:
+            rgb = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            for magnitude in [*range(-2, 33), 9.99, 10.01, 1e-6]:
+                out = apply(policy, op.name, magnitude, rgb)
+                assert out.shape == rgb.shape and out.dtype == np.uint8
+                if op.name in EXACT:
+                    level = min(max(magnitude, 0), 30 if 'mmax30' in policy else 10) / 10
+                    assert np.array_equal(out, EXACT[op.name](rgb.astype(int), level)), (
+                        op.name, magnitude)
+                    checked.add(op.name)
+    assert len(checked) == {'rand-m9-t3a': 1, 'rand-m9-t3aw': 3}.get(policy, 4)
+
+
+def test_no_bits_are_a_black_image():
+    white = np.full((3, 5, 3), 255, dtype=np.uint8)
+    increasing = [240, 240, 240, 224, 224, 192, 192, 192, 128, 128, 0]
+    decreasing = [0, 0, 0, 128, 128, 192, 192, 192, 224, 224, 240]
+    for magnitude in range(11):
+        for policy, name, values in [
+                ('rand-m9-inc1', 'PosterizeIncreasing', increasing),
+                ('rand-m9', 'Posterize', decreasing)]:
+            assert (apply(policy, name, magnitude, white) == values[magnitude]).all()
+
+
+@pytest.mark.parametrize('policy, least, most', [
+    ('rand-m0-mstd1', 0.05, 0.08),
+    ('rand-m10-mstd101-inc1', 0., 0.002),           # uniform from 0 to 10, which it never reaches
+    ('rand-m12-mmax15-mstd1-inc1-n3-p0.9', 0.08, 0.13)])    # less than 0 bits, too
+def test_policies_draw_black_images(policy, least, most):
+    seed(0)
+    augment = TimmRandAugment(policy)
+    image = np.random.default_rng(0).integers(60, 256, (4, 4, 3), dtype=np.uint8)
+    black = [not augment(dict(img=image))['img'].any() for _ in range(5000)]
+    assert least <= np.mean(black) <= most
+
+
+def test_a_hundred_thousand_draws_of_the_recipe():
+    """The pipeline of the released fine-tuning and its batch augmentation, on small images."""
+    seed(0)
+    cfg = Config.fromfile(CONFIG)
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    pipeline[1].scale = 8
+    steps = Compose([dict(step, _scope_='mmpretrain') for step in pipeline[1:]])
+    cfg.model.backbone.arch = TINY
+    prepare = MODELS.build(cfg.model).data_preprocessor
+    image = np.random.default_rng(0).integers(60, 256, (9, 11, 3), dtype=np.uint8)
+    black = 0
+    for _ in range(200):
+        drawn = [steps(dict(img=image, img_shape=(9, 11), gt_label=i)) for i in range(500)]
+        black += sum(not item['inputs'].any() for item in drawn)
+        batch = prepare(dict(inputs=torch.stack([item['inputs'] for item in drawn]),
+                             data_samples=[item['data_samples'] for item in drawn]), training=True)
+        assert batch['inputs'].shape == (500, 3, 8, 8) and batch['inputs'].isfinite().all()
+        scores = torch.stack([sample.gt_score for sample in batch['data_samples']])
+        torch.testing.assert_close(scores.sum(dim=1), torch.ones(500))
+    # the rare case: 2 layers x 1 of 15 operations x 0.5 x P(magnitude >= 10) is 152 in 100,000
+    assert 110 <= black <= 210
+
+
+@pytest.mark.parametrize('policy', [
+    'augmix-m3', 'rand-m9.5', 'rand-m9-mstdinf', 'rand-m9-tfoo', 'rand-m9-x3', 'm9', '', 'rand-9'])
+def test_unknown_policy(policy):
+    with pytest.raises(ValueError, match=f"^policy .*'rand-m9-mstd0.5-inc1'.* got '{policy}'"):
+        TimmRandAugment(policy)
 
 
 def test_parameters_of_the_reference():

@@ -1,4 +1,4 @@
-"""The classification configs: recipe against the reference's tables, and two steps of each."""
+"""The classification configs: recipe against the reference's tables, heads and labels."""
 import json
 
 import numpy as np
@@ -14,8 +14,6 @@ from nepa_mm.heads import AttentiveClsHead
 from nepa_mm.optim import LayerDecayOptimWrapperConstructor
 
 from .conftest import REPO, TINY
-
-CONFIGS = sorted((REPO / 'configs' / 'classification').glob('*.py'))
 
 
 def load(name):
@@ -42,29 +40,6 @@ def shrink(cfg, images, work_dir):
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.topk = (1, 2)
     return cfg
-
-
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_two_steps_and_one_validation(path, image_folder, tmp_path):
-    cfg = shrink(Config.fromfile(path), image_folder, tmp_path / 'work')
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    assert runner.iter == 2
-    scalars = runner.message_hub.log_scalars
-    assert 0 <= scalars['val/accuracy/top1'].current() <= 100
-    losses = scalars['train/loss'].data[0]
-    assert len(losses) == 2 and np.isfinite(losses).all()
-    docstring = path.read_text().split('"""')[1]
-    assert all(word in docstring for word in ('Paper:', 'Expected:', 'Cost:', 'Command:'))
-    has_ema = any(hook.type == 'ModelEMAHook' for hook in cfg.custom_hooks)
-    assert ('val/accuracy/top1_raw' in scalars) == has_ema      # raw and average, apart
-    if has_ema:     # the best checkpoint is the one whose average is best
-        for name in ('epoch_1', 'best_accuracy_top1_epoch_1'):
-            checkpoint = torch.load(tmp_path / 'work' / f'{name}.pth', weights_only=False)
-            assert checkpoint['meta']['weights'] == dict(state_dict='ema', ema_state_dict='raw')
-            average = runner.hooks[[type(h).__name__ for h in runner.hooks].index('ModelEMAHook')]
-            for key, value in average.ema_model.module.state_dict().items():
-                assert torch.equal(checkpoint['state_dict'][key], value)
 
 
 def groups_of(name):
