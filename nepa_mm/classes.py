@@ -166,26 +166,29 @@ def check_labels(dataset, whose, num_classes):
                          f'{labels.min()} to {labels.max()}.')
 
 
-def left_out(dataset):
-    """How many images below the folder of a data set are no samples of it, and one of them.
+def left_out(dataset, whose):
+    """Sentences about images below the folder of a data set that are no samples of it.
 
-    Args:
-        dataset (mmpretrain.datasets.CustomDataset): Others, those with an annotation file and
-            those on remote storage have none.
-
-    Returns:
-        tuple[int, str | None]: The number, and a path.
+    Looks at mmpretrain's CustomDataset and its like on a local disk. What an annotation file or
+    ``indices`` leaves out is meant.
     """
-    folder = getattr(dataset, 'img_prefix', None)
-    if (not hasattr(dataset, 'extensions') or dataset.ann_file or not os.path.isdir(folder)
-            or getattr(dataset, '_indices', None) is not None):
-        return 0, None
-    count, example = -len(dataset), None
-    seen = {os.path.normpath(dataset.get_data_info(i)['img_path']) for i in range(len(dataset))}
+    sentences = []
+    for leaf in leaves(dataset):
+        folder = getattr(leaf, 'img_prefix', None)
+        if (not hasattr(leaf, 'extensions') or leaf.ann_file or not os.path.isdir(folder)
+                or getattr(leaf, '_indices', None) is not None):
+            continue
+        seen = {os.path.normpath(leaf.get_data_info(i)['img_path']) for i in range(len(leaf))}
+        left = [path for path in images_below(folder) if path not in seen]
+        if left:
+            sentences.append(f'{whose}: {len(left)} images below {folder} are left out, e.g. '
+                             f'{left[0]}.')
+    return sentences
+
+
+def images_below(folder):
+    """Paths of the images in a folder and its subfolders, without hidden ones."""
     for root, _, files in os.walk(folder, followlinks=True):
         for file in files:
-            path = os.path.normpath(os.path.join(root, file))
             if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith('.'):
-                count += 1
-                example = example or (path if path not in seen else None)
-    return max(count, 0), example
+                yield os.path.normpath(os.path.join(root, file))

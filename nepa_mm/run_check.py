@@ -70,8 +70,8 @@ class RunCheckHook(Hook):
     """Check the whole run before its first step; tools/train.py and tools/test.py always do.
 
     - Classes: names of training, validation, test data and checkpoint are compared, and labels
-      follow the names. ``model.head.num_classes`` is all that a config states: the data
-      preprocessor and Mixup get it from there, and ``topk`` of an Accuracy is cut to it.
+      follow the names. ``model.head.num_classes`` is all that a config has to state: it goes to
+      the data preprocessor and to Mixup, and ``topk`` of an Accuracy is cut to it.
     - Data: images of the folder that are no samples; evaluations that leave out images.
     - Schedule: it ends with the run.
     - EMA: it has time to leave its first weights. Monitors: their interval fits the run.
@@ -203,25 +203,16 @@ class RunCheckHook(Hook):
     def _check_dataset(self, runner, dataset, whose):
         """Labels against folders and outputs; return the number of outputs, None without labels."""
         follow_folders(dataset, whose)
-        for leaf in leaves(dataset):
-            count, example = left_out(leaf)
-            if count:
-                self._warn(f'{whose}: {count} images below {leaf.img_prefix} are left out, e.g. '
-                           f'{example}.')
+        for sentence in left_out(dataset, whose):
+            self._warn(sentence)
         model = unwrapped(runner.model)
         num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
         if num_classes is None:
             return None
         for leaf in filter(has_labels, leaves(dataset)):
             check_labels(leaf, whose, num_classes)
-        # Mixup takes the number from the one-hot labels that the data preprocessor makes
-        preprocessor = model.data_preprocessor
-        stated = getattr(preprocessor, 'num_classes', num_classes)
-        if stated is None:
-            preprocessor.num_classes = num_classes
-        elif stated != num_classes:
-            raise ValueError(f'model.data_preprocessor.num_classes is {stated}, but '
-                             f'model.head.num_classes {num_classes}; leave the first out.')
+        if hasattr(model.data_preprocessor, 'num_classes'):
+            model.data_preprocessor.num_classes = num_classes   # of its one-hot labels, so Mixup's
         return num_classes
 
     def _odd(self, sentence):

@@ -197,8 +197,7 @@ def build_runner(cfg):
     keep_freed_memory()
     world_size = _read_launcher(cfg.launcher)
     notes = scale_lr(cfg, world_size)
-    _fill_datasets(cfg)
-    _fill_dataloaders(cfg)
+    fill_dataloaders(cfg)
     if cfg.launcher != 'none' and get_device() == 'cpu':
         notes += _prepare_cpu_group(cfg)
     runner: Runner = RUNNERS.build(cfg)
@@ -310,8 +309,12 @@ def scale_lr(cfg, world_size):
             f'lr {old:g} -> {optimizer.lr:g}.']
 
 
-def _fill_datasets(cfg):
-    """Let folders give every image, and need no classes where no label is read."""
+def fill_dataloaders(cfg):
+    """Add what configs leave to the tools: settings of the loaders, and of folders of images.
+
+    Folders give images of every suffix, and need no classes where no label is read.
+    """
+    _fill_loaders(cfg)
     for name in LOADERS:
         for dataset in dicts(cfg.get(name) or {}):
             if str(dataset.get('type')).rpartition('.')[2] == 'CustomDataset':
@@ -321,7 +324,7 @@ def _fill_datasets(cfg):
                     dataset.with_label = False
 
 
-def _fill_dataloaders(cfg):
+def _fill_loaders(cfg):
     """Add the dataloader settings that mmpretrain's base configs leave to its tools."""
     defaults = dict(pin_memory=torch.cuda.is_available())
     if cfg.get('default_scope') != 'mmseg':  # whose images differ in size and stay a list

@@ -36,7 +36,9 @@ def shrink(cfg, images, work_dir):
             loader.dataset.metainfo = dict(classes=['a', 'b'])
         loader.update(batch_size=4, num_workers=0, persistent_workers=False)
     cfg.test_dataloader = cfg.val_dataloader
-    cfg.train_cfg.max_epochs = 1
+    cfg.train_cfg.max_epochs = cfg.param_scheduler.end = 1
+    for hook in cfg.custom_hooks:
+        hook.momentum = 0.9
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.topk = (1, 2)
     return cfg
@@ -171,7 +173,7 @@ def runner(image_folder, tmp_path):
 def test_wrong_labels(runner, image_folder):
     runner.cfg.model.head.num_classes = 3
     three = Runner.from_cfg(Config(dict(runner.cfg, experiment_name='three')))
-    with pytest.raises(ValueError, match='num_classes is 3, but the data set ImageNet has 2'):
+    with pytest.raises(ValueError, match='num_classes is 3, but train_dataloader has 2 classes'):
         three.train()
     listed = image_folder / 'list.txt'
     listed.write_text('class_0/0.jpg 0\nclass_1/0.jpg 7\n')
@@ -181,7 +183,7 @@ def test_wrong_labels(runner, image_folder):
     runner.cfg.train_dataloader.dataset = dataset
     runner.cfg.train_dataloader.batch_size = 2
     other = Runner.from_cfg(Config(dict(runner.cfg, experiment_name='other')))
-    with pytest.raises(ValueError, match='Labels must be 0 to 1, .* go from 0 to 7'):
+    with pytest.raises(ValueError, match='Labels of .* must be 0 to 1, .* from 0 to 7'):
         other.train()
 
 

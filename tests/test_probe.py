@@ -43,7 +43,7 @@ def run(work_dir, *hooks, epochs=3):
     cfg.train_cfg.max_epochs = cfg.param_scheduler.end = epochs
     cfg.param_scheduler.warmup = 1
     cfg.default_hooks.logger.interval = 1
-    cfg.custom_hooks = [dict(type='ModelEMAHook', momentum=0.2), *hooks]
+    cfg.custom_hooks = [dict(type='ModelEMAHook', momentum=0.5), *hooks]
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner

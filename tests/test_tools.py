@@ -2,10 +2,8 @@
 import json
 import pickle
 import platform
-import re
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from nepa_mm import runtime
 from .conftest import REPO
 from .tiny_runs import (
     options,
+    refused,
     run_script,
     run_test,
     run_train,
@@ -58,17 +57,6 @@ def pretrain(folder):
 @pytest.fixture
 def classifier(folder):
     return save_classifier()
-
-
-@contextmanager
-def refused(message):
-    """Status 2, because of one sentence about the input."""
-    with pytest.raises(SystemExit) as error:
-        yield
-    assert error.value.code == 2
-    assert isinstance(error.value.__cause__, (ValueError, FileNotFoundError))
-    assert re.search(message, str(error.value.__cause__))
-    assert '\n' not in str(error.value.__cause__)
 
 
 # ---------------------------------------------------------------- training
@@ -172,14 +160,14 @@ def test_dataloader_defaults():
         train_dataloader=dict(num_workers=2),
         val_dataloader=dict(num_workers=2, persistent_workers=False, collate_fn='mine'),
         test_dataloader=dict(num_workers=0, persistent_workers=True)))
-    runtime._fill_dataloaders(cfg)
+    runtime.fill_dataloaders(cfg)
     assert cfg.train_dataloader.persistent_workers is True
     assert cfg.train_dataloader.collate_fn.type == 'default_collate'
     assert cfg.val_dataloader.persistent_workers is False
     assert cfg.val_dataloader.collate_fn == 'mine'
     assert cfg.test_dataloader.persistent_workers is False  # torch refuses it without workers
     seg = Config(dict(default_scope='mmseg', train_dataloader=dict(num_workers=2)))
-    runtime._fill_dataloaders(seg)
+    runtime.fill_dataloaders(seg)
     assert 'collate_fn' not in seg.train_dataloader
 
 

@@ -1,11 +1,14 @@
 """Tiny configs with made-up images in the current folder, and how to call the tools on them."""
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -38,6 +41,17 @@ def run_script(script, *args, cwd, **env):
     result = subprocess.run([*command, TOOLS / script, *map(str, args)], cwd=cwd, env=env,
                             capture_output=True, text=True)
     return result.returncode, result.stdout + result.stderr
+
+
+@contextmanager
+def refused(message):
+    """A tool ends with status 2, because of one sentence about its input."""
+    with pytest.raises(SystemExit) as error:
+        yield
+    assert error.value.code == 2
+    sentence = str(error.value.__cause__)
+    assert re.search(message, sentence), sentence
+    assert '\n' not in sentence
 
 
 def save_image(path, size=(32, 28)):

@@ -17,11 +17,13 @@ from nepa_mm import runtime
 from nepa_mm.cfg_options import add_cfg_options
 from nepa_mm.channels import check_channels
 from nepa_mm.checkpoint import add_weights_argument, load_all
+from nepa_mm.classes import align, left_out
 from nepa_mm.knn import FEATURES, knn_accuracy
 
 READS = ('model', 'train_dataloader', 'test_dataloader', 'default_scope', 'custom_imports')
 UNREAD = {
     'model.backbone.init_cfg': 'CHECKPOINT names the weights',
+    **{f'{name}_dataloader.drop_last': 'all images are used' for name in ('train', 'test')},
     'train_dataloader.sampler': 'images are seen once, in their order',
     **{f'train_dataloader.{key}': f'set test_dataloader.{key}, which is used for both'
        for key in ('dataset.pipeline', 'batch_size')}}
@@ -59,15 +61,22 @@ def main(argv=None):
         cfg.train_dataloader.batch_size = cfg.test_dataloader.batch_size
         cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=False)
         cfg.model.backbone.update(init_cfg=None, fc_norm=False)     # which k-NN does not read
-        runtime._fill_dataloaders(cfg)
+        for name in ('train_dataloader', 'test_dataloader'):
+            cfg[name].drop_last = False
+        runtime.fill_dataloaders(cfg)
         init_default_scope(cfg.get('default_scope', 'mmpretrain'))
         model = MODELS.build(cfg.model).to(get_device())
         which, _ = load_all(model.backbone, args.checkpoint, prefix='backbone.',
                             weights=args.weights)
-        loaders = [Runner.build_dataloader(cfg[name])
-                   for name in ('train_dataloader', 'test_dataloader')]
-        accuracy = knn_accuracy(model, *loaders, feature=args.feature, block=args.block, k=args.k,
-                                temperature=args.temperature)
+        bank, queries = (Runner.build_dataloader(cfg[name])
+                         for name in ('train_dataloader', 'test_dataloader'))
+        for sentence in [*align(queries.dataset, 'test_dataloader', bank.dataset,
+                                'train_dataloader'),
+                         *left_out(bank.dataset, 'train_dataloader'),
+                         *left_out(queries.dataset, 'test_dataloader')]:
+            print(f'warning: {sentence}')
+        accuracy = knn_accuracy(model, bank, queries, feature=args.feature, block=args.block,
+                                k=args.k, temperature=args.temperature)
     block = args.block % model.backbone.num_layers + 1
     print(f'{args.k}-NN on {args.feature} of block {block} of {model.backbone.num_layers}, '
           f'{which} weights of {args.checkpoint}: '

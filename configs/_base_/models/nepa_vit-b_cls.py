@@ -23,7 +23,8 @@ model = dict(
         in_channels=768,
         loss=dict(type='CrossEntropyLoss', use_soft=True),
         init_cfg=dict(type='Constant', layer='Linear', val=0)),
-    data_preprocessor=dict(     # it and Mixup take num_classes from the head
+    data_preprocessor=dict(
+        num_classes=1000,       # in a run the head's, and so Mixup's
         mean=[127.5] * 3,
         std=[127.5] * 3,
         to_rgb=True,
