@@ -120,16 +120,20 @@ def follow(dataset, whose, classes, others, folders=None):
         list[str]: Sentences for the log.
 
     Raises:
-        ValueError: See :func:`match`.
+        ValueError: See :func:`match`; or labels are no numbers of one class each (masks), and the
+            order differs.
     """
     sentences = []
-    for leaf in filter(has_labels, leaves(dataset)):
+    for leaf in leaves(dataset):
         own = classes_of(leaf)
         if not own or tuple(own) == tuple(classes):
             continue
         order = match(own, classes, whose, others)
         if order is None and folders and folders_of(leaf):
             order = match(folders_of(leaf), folders, whose, others)
+        if order is not None and not has_labels(leaf):
+            raise ValueError(f'{whose} has its classes in another order than {others}, or fewer of '
+                             f'them: set its metainfo.classes to {listed(classes)}.')
         if order is None:
             sentences.append(f'{whose} and {others} name no class alike ({listed(own)}; '
                              f'{listed(classes)}): their order is taken to be the same.')

@@ -116,7 +116,7 @@ class RunCheckHook(Hook):
             if new:
                 self._warn(f'{source} has no {listed(new)} of that shape: they keep their initial '
                            'value.')
-        if any(name.startswith('head.') for name in loaded):
+        if any(name.startswith(('head.', 'decode_head.')) for name in loaded):
             self.note_classes(meta, source)
 
     def note_classes(self, meta, source):

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import subprocess
+from contextlib import suppress
 
 import torch
 from mmengine.config import Config
@@ -20,7 +21,8 @@ from torch import distributed
 from .cfg_options import merge_options
 from .checkpoint import find_whole_checkpoint
 from .errors import one_sentence_errors, part
-from .reading import IMAGE_SUFFIXES
+from .hooks.probe import kept_random_state
+from .reading import IMAGE_SUFFIXES, UnreadableImageError
 from .run_check import RunCheckHook, check_batches
 
 __all__ = ['build_runner', 'check_checkpoint', 'check_data', 'dicts', 'load_config',
@@ -237,6 +239,7 @@ def start_runner(cfg, start, stage):
         with part('test_dataloader'):
             check_masks(runner, runner.test_loop.dataloader.dataset, 'test_dataloader',
                         runner.test_loop.evaluator.metrics)
+            check_pipeline(runner.test_dataloader.dataset)
         return runner
     # the loader first, for workers of an iteration-based loop begin with the loop
     with part('train_dataloader'):
@@ -244,6 +247,7 @@ def start_runner(cfg, start, stage):
             runner._train_dataloader, seed=runner.seed,
             diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False))
         check_masks(runner, loader.dataset, 'train_dataloader')
+        check_pipeline(loader.dataset)
     check_batches(runner, loader)
     run_check.check_training_data(runner, loader.dataset)
     with part('train_cfg'):
@@ -255,9 +259,16 @@ def start_runner(cfg, start, stage):
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     with part('val_dataloader'):
         if runner.val_loop is not None:
+            check_pipeline(runner.val_dataloader.dataset)
             check_masks(runner, runner.val_dataloader.dataset, 'val_dataloader',
                         runner.val_loop.evaluator.metrics)
     return runner
+
+
+def check_pipeline(dataset):
+    """Make one sample, which shows whether the steps of the pipeline go together."""
+    with kept_random_state(), suppress(UnreadableImageError, IndexError):
+        dataset[0]
 
 
 def keep_freed_memory():

@@ -148,6 +148,31 @@ def test_checkpoint_of_other_names(folder):
             save_classifier(('x', 'y')))
 
 
+def test_classes_of_segmentors(folder):
+    """Masks hold numbers, so another order of the names is refused."""
+    config, checkpoint = tiny_runs.save_segmentor()
+    assert run_test([config, checkpoint])['mIoU'] == 12.5
+    saved = torch.load(checkpoint)
+    names = dict(dataset_meta=dict(classes=('corner', 'background')))
+    torch.save(dict(saved, meta=names), 'other.pth')
+    refused('test_dataloader has its classes in another order than other.pth.*corner, background',
+            run_test, config, 'other.pth')
+    cfg = Config.fromfile(config)
+    cfg.val_dataloader, cfg.val_evaluator, cfg.val_cfg = (
+        cfg.test_dataloader, cfg.test_evaluator, dict())
+    cfg.val_dataloader.dataset.metainfo.classes = ('background', 'middle')
+    cfg.dump(config)
+    refused('val_dataloader has the class middle, and train_dataloader does not', run_train, config)
+
+
+def test_names_in_predictions(folder):
+    classes(val=dict(ant=1, bee=1, cat=1))
+    config, predict = save_config(), load_tool('predict').main
+    refused('other.pth names 2 classes, but the head of the config has 3 outputs', predict,
+            'data/val/ant/0.jpg', '--model', config, '--checkpoint',
+            save_classifier(('ant', 'bee'), path='other.pth'))
+
+
 def test_head_of_another_size(folder):
     classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1, bee=1, cat=1))
     refused('model.head.num_classes is 5, but train_dataloader has 3 classes: ant, bee, cat',
@@ -311,6 +336,11 @@ def test_errors_of_what_the_runner_builds_late(trainable):
             ({'model.backbone.drop_path': 0.1}, 'drop_path'),
             ({'train_dataloader.dataset.pipeline': [dict(type='Rezise')]},
              'train_dataloader.*Rezise'),
+            ({'train_dataloader.dataset.pipeline': [dict(type='RandomResizedCrop', scale=28)]},
+             'train_dataloader: img'),
+            ({'val_dataloader.dataset.pipeline': [dict(type='LoadWholeImage'),
+                                                  dict(type='CenterCrop', crop_size='a')]},
+             'val_dataloader'),
             ({'val_evaluator.type': 'Acuracy'}, 'Acuracy')):
         refused(sentence, run_train, trainable(**change))
 
@@ -354,7 +384,7 @@ def test_weights_of_another_network(folder):
     assert run_train([config, '--work-dir', 'b', *options(*start)]).iter == 2
     # the same tensors, another function
     found = warnings(run_train([config, '--work-dir', 'c', *options(
-        *start, 'model.backbone.rope_theta=50.')]))
+        *start, 'model.backbone.rope_theta=50.', 'experiment_name=theta')]))
     assert any('rope_theta' in line and '50' in line and '100' in line for line in found)
 
 

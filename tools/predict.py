@@ -89,6 +89,17 @@ def build(cfg, weights, device, which=None):
     return infer, load_all(infer.model, weights, weights=which)[0]
 
 
+def check_classes(infer, weights):
+    """Refuse names that are not as many as the outputs."""
+    model = infer.model
+    head = getattr(model, 'decode_head', None) or model.head
+    names = (getattr(model, 'dataset_meta', None) or {}).get('classes') or getattr(
+        infer, 'classes', None)
+    if names and len(names) != max(head.num_classes, 2):
+        raise ValueError(f'{weights} names {len(names)} classes, but the head of the config has '
+                         f'{head.num_classes} outputs.')
+
+
 def segmenter():
     """mmseg's inferencer, which draws on what it sees of a file, not on what OpenCV does."""
     from mmseg.apis import MMSegInferencer
@@ -122,6 +133,7 @@ def main(argv=None):
                 raise FileNotFoundError(f'There is no image {image}.')
         cfg, weights = read_model(args)
         infer, which = build(cfg, weights, args.device, args.weights)
+        check_classes(infer, weights)
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
         if is_segmentation(cfg):
             infer(args.images, out_dir=args.out_dir, img_out_dir='', pred_out_dir='labels')
