@@ -178,10 +178,10 @@ def left_out(dataset, whose):
     """
     sentences = []
     for leaf in leaves(dataset):
-        folder = getattr(leaf, 'img_prefix', None)
-        if (not hasattr(leaf, 'extensions') or leaf.ann_file or not os.path.isdir(folder)
+        if (not hasattr(leaf, 'extensions') or leaf.ann_file or not os.path.isdir(leaf.img_prefix)
                 or getattr(leaf, '_indices', None) is not None):
             continue
+        folder = leaf.img_prefix
         seen = {os.path.normpath(leaf.get_data_info(i)['img_path']) for i in range(len(leaf))}
         left = [path for path in images_below(folder) if path not in seen]
         if left:

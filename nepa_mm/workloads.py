@@ -128,6 +128,7 @@ class Training:
         cfg = Config(self.cfg.to_dict())
         cfg.experiment_name = f'benchmark_{time.perf_counter_ns()}'
         cfg.default_hooks.runtime_info.type = runtime_info
+        cfg.default_hooks.run_check.odd = 'warn'    # about the average of so short a run
         cfg.train_cfg.max_epochs = cfg.param_scheduler.end = late // self.iterations + 1
         turns = TakeTurns(self.bare(), late)
         with tempfile.TemporaryDirectory() as folder:
