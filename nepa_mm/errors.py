@@ -1,8 +1,9 @@
 """Errors of the user's input: one sentence, exit status 2, and nothing left behind."""
 import os
 import shutil
+import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmengine.hooks import Hook
@@ -69,7 +70,7 @@ def one_sentence_errors():
     Yields:
         Start: To be registered as a hook of the Runner.
     """
-    start = Start()
+    start, handler = Start(), signal.getsignal(signal.SIGTERM)
     try:
         yield start
     except Exception as error:
@@ -81,6 +82,10 @@ def one_sentence_errors():
             raise
         print(f'error: {reason(error)}', file=sys.stderr)
         raise SystemExit(2) from error
+    finally:
+        # a run that raised leaves the listener of its checkpoint hook behind
+        with suppress(ValueError):      # in the main thread alone
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

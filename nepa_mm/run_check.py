@@ -89,7 +89,7 @@ class RunCheckHook(Hook):
         ValueError: Something cannot be right; the sentence says what, and what to do.
     """
 
-    priority = 'VERY_LOW'
+    priority = 'HIGHEST'    # before other hooks begin anything
 
     def __init__(self, odd='error', other_experiment='error'):
         for name, value in dict(odd=odd, other_experiment=other_experiment).items():

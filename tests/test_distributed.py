@@ -42,11 +42,10 @@ def difference(one, two):
 
 def same_gradients():
     """Options for steps of the joined batch of 4, and of a half of it in each process."""
-    joined = options('randomness.seed=0', 'optim_wrapper.optimizer.lr=1.',
-                     'train_dataloader.batch_size=4',
-                     # In training each process draws its own scale of the coordinates.
-                     'model.backbone.rope_rescale=None')
-    return joined, [*joined, 'train_dataloader.batch_size=2']
+    # In training each process draws its own scale of the coordinates.
+    both = options('randomness.seed=0', 'optim_wrapper.optimizer.lr=1.',
+                   'model.backbone.rope_rescale=None')
+    return tuple([*both, f'train_dataloader.batch_size={size}'] for size in (4, 2))
 
 
 def test_two_processes_equal_one_with_the_joined_batch(folder):
