@@ -27,8 +27,9 @@ from .classes import (
 )
 from .convert_config import recorded_values
 
-# Options of a model that change how it computes, not what.
-SAME_FUNCTION = ('init_cfg', 'with_cp', 'compile_blocks', 'bf16_residual')
+# Options that change how a model computes, not what, and those that tools fill in.
+SAME_FUNCTION = ('init_cfg', 'with_cp', 'compile_blocks', 'bf16_residual', 'extensions',
+                 'with_label')
 # Parts of two configs that are compared before one goes on from the other's checkpoint.
 COMPARED = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg',
             'custom_hooks')
@@ -42,21 +43,19 @@ def check_batches(runner, loader):
     Raises:
         ValueError: There is no batch; Mixup would get an odd number of images.
     """
-    size, num = getattr(loader, 'batch_size', None), len(loader.dataset)
-    sampler = getattr(loader.batch_sampler, 'batch_size', size)
-    size = size or sampler
-    share = math.ceil(num / dist.get_world_size())
+    num, batches = len(loader.dataset), loader.batch_sampler
+    size, drop_last = (getattr(batches, name, None) for name in ('batch_size', 'drop_last'))
     if not num:
         raise ValueError('train_dataloader has no image.')
-    if size and not len(loader):
+    share = math.ceil(num / dist.get_world_size())
+    if not len(loader):
         processes = f' for each of {dist.get_world_size()} processes' * (share < num)
         raise ValueError(f'train_dataloader.batch_size is {size}, but the data set has {share} '
                          f'images{processes} and drop_last is on: there is no whole batch.')
     preprocessor = getattr(unwrapped(runner.model), 'data_preprocessor', None)
     augments = getattr(getattr(preprocessor, 'batch_augments', None), 'augments', [])
     if size and any(isinstance(augment, TimmBatchAugment) for augment in augments):
-        last = 0 if loader.drop_last or getattr(loader.batch_sampler, 'drop_last', False) \
-            else share % size
+        last = 0 if drop_last else share % size
         if size % 2 or last % 2:
             raise ValueError(
                 'Mixup pairs the images of a batch, so its size must be even: '

@@ -88,6 +88,6 @@ def test_refusals(classifier, capsys, monkeypatch):
         patch.setattr(tool.importlib.util, 'find_spec', lambda name: None)
         assert 'type: pip install onnx onnxscript onnxruntime' in refuse('--size', '28', '28')
     torch.save(dict(state_dict={'head.fc.weight': torch.zeros(5, 32)}), checkpoint)
-    assert 'lacks what the config has' in refuse(*flags)
+    assert 'it lacks backbone.cls_token' in refuse(*flags)
     with pytest.raises(ValueError, match='cannot predict'):
         load_all(model, checkpoint)
