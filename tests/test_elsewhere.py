@@ -137,7 +137,7 @@ pipeline = [dict(type='LoadImageFromFile'), {steps} dict(type='PackInputs')]
 test_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(
     data_root='data', pipeline=pipeline, metainfo=dict(classes={names})))
 test_evaluator = dict(type='Accuracy', topk=(1, 2))
-custom_hooks = [dict(type='ModelEMAHook', evaluate_on_origin=True), dict(type='LabelCheckHook')]
+custom_hooks = [dict(type='ModelEMAHook', evaluate_on_origin=True)]
 """
 PIXELS = 'mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True'
 CASES = [

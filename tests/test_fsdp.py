@@ -38,7 +38,8 @@ def save_config():
     cfg.default_hooks.update(
         runtime_info=dict(type='DeferredRuntimeInfoHook'),
         checkpoint=dict(type='WholeCheckpointHook', interval=1),
-        resume=dict(type='ExactResumeHook'), guard=dict(type='NonFiniteGuardHook'))
+        resume=dict(type='ExactResumeHook'), guard=dict(type='NonFiniteGuardHook'),
+        run_check=dict(type='RunCheckHook', odd='warn'))    # half of a run is meant
     cfg.randomness = dict(seed=0, diff_rank_seed=True)
     cfg.dump('fsdp.py')
     return 'fsdp.py'

@@ -284,7 +284,7 @@ def test_refusals(pretrained, capsys):
     cfg = Config.fromfile(config)
     cfg.model.backbone.arch.num_layers += 1
     cfg.dump('deeper.py')
-    assert 'never trained cannot predict: layers.3' in refuse('deeper.py', checkpoint, image)
+    assert 'another network: it lacks layers.3' in refuse('deeper.py', checkpoint, image)
     cfg.model.backbone.scan = 'snake'
     cfg.dump('snake.py')
     assert "scan order 'snake'" in refuse('snake.py', checkpoint, image)

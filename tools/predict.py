@@ -86,18 +86,19 @@ def build(cfg, weights, device, which=None):
         infer = ImageClassificationInferencer(cfg, pretrained=weights, device=device)
     infer.color_type = color_type(cfg, 'test_dataloader')
     # the inferencers themselves would only warn, and know but the first set
-    return infer, load_all(infer.model, weights, weights=which)[0]
-
-
-def check_classes(infer, weights):
-    """Refuse names that are not as many as the outputs."""
-    model = infer.model
-    head = getattr(model, 'decode_head', None) or model.head
-    names = (getattr(model, 'dataset_meta', None) or {}).get('classes') or getattr(
-        infer, 'classes', None)
-    if names and len(names) != max(head.num_classes, 2):
+    which, meta = load_all(infer.model, weights, weights=which)
+    named, model = meta.get('dataset_meta') or {}, infer.model
+    num_classes = (model.decode_head if is_segmentation(cfg) else model.head).num_classes
+    names = named.get('classes')
+    if names and len(names) != max(num_classes, 2):
         raise ValueError(f'{weights} names {len(names)} classes, but the head of the config has '
-                         f'{head.num_classes} outputs.')
+                         f'{num_classes} outputs.')
+    if is_segmentation(cfg):    # mmseg would take the names and colours of Cityscapes
+        names = names or [f'class {i}' for i in range(max(num_classes, 2))]
+        colours = (255 * plt.get_cmap('tab20')(np.arange(len(names)) % 20)[:, :3]).astype(int)
+        model.dataset_meta = dict(
+            classes=names, palette=named.get('palette') or colours.tolist())
+    return infer, which
 
 
 def segmenter():
@@ -133,7 +134,6 @@ def main(argv=None):
                 raise FileNotFoundError(f'There is no image {image}.')
         cfg, weights = read_model(args)
         infer, which = build(cfg, weights, args.device, args.weights)
-        check_classes(infer, weights)
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
         if is_segmentation(cfg):
             infer(args.images, out_dir=args.out_dir, img_out_dir='', pred_out_dir='labels')
