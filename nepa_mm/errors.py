@@ -48,7 +48,8 @@ class Start(Hook):
             self.config.write_bytes(self.copy)
         elif self.config.is_file():
             self.config.unlink()
-        for folder in self.new_folders:
+        made = set(work_dir.iterdir()) - self.old if work_dir.is_dir() else set()
+        for folder in (*made, *self.new_folders):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 

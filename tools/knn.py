@@ -71,6 +71,7 @@ def main(argv=None):
                             weights=args.weights)
         bank, queries = (Runner.build_dataloader(cfg[name])
                          for name in ('train_dataloader', 'test_dataloader'))
+        args.k = min(args.k, len(bank.dataset))
         for loader in (bank, queries):
             read_whole(loader.dataset)
         for sentence in [*align(queries.dataset, 'test_dataloader', bank.dataset,
