@@ -262,6 +262,10 @@ def _check(before, after, names, reads):
             raise ValueError(_nobody(names, [meant]) if meant else _nobody(
                 (*path, name), nearest(after, (*path, name), reads)))
     value = at(after, names) if exists(after, names) else None
+    old = at(before, names) if exists(before, names) else None
+    if isinstance(value, str) and isinstance(old, (bool, int, float)):
+        what = 'True or False' if isinstance(old, bool) else 'a number'
+        raise ValueError(f'{".".join(names)} must be {what}, as {old} in the file, got {value!r}.')
     for path in paths(value, names):
         if len(path) == len(names) + 1:
             _check(before, after, path, reads)

@@ -125,12 +125,21 @@ def follow(dataset, whose, classes, others, folders=None):
     """
     sentences = []
     for leaf in leaves(dataset):
-        own = classes_of(leaf)
-        if not own or tuple(own) == tuple(classes):
+        own, own_folders = classes_of(leaf), folders_of(leaf)
+        if not own:
+            if has_labels(leaf):
+                sentences.append(f'{whose} names no class: its numbers are taken to be those of '
+                                 f'{others} ({listed(classes)}).')
             continue
         order = match(own, classes, whose, others)
-        if order is None and folders and folders_of(leaf):
-            order = match(folders_of(leaf), folders, whose, others)
+        if folders and own_folders and order in (None, list(range(len(classes)))):
+            by_folder = match(own_folders, folders, whose, others)
+            if by_folder is None and order is None:
+                raise ValueError(f'{whose} has the classes {listed(own_folders)} and {others} '
+                                 f'{listed(folders)}: they have none in common.')
+            order = order if by_folder is None else by_folder
+        if order == list(range(len(classes))):
+            continue
         if order is not None and not has_labels(leaf):
             raise ValueError(f'{whose} has its classes in another order than {others}, or fewer of '
                              f'them: set its metainfo.classes to {listed(classes)}.')
@@ -150,7 +159,11 @@ def align(dataset, whose, reference, others):
     follow_folders(dataset, whose)
     first = leaves(reference)[0]
     classes = classes_of(first)
-    return follow(dataset, whose, classes, others, folders_of(first)) if classes else []
+    if classes:
+        return follow(dataset, whose, classes, others, folders_of(first))
+    own = classes_of(leaves(dataset)[0])
+    return [f'{others} names no class: its numbers are taken to be those of {whose} '
+            f'({listed(own)}).'] if own and has_labels(first) else []
 
 
 def check_labels(dataset, whose, num_classes):

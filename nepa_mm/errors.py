@@ -12,10 +12,11 @@ from mmengine.logging import MMLogger
 from .reading import DataError
 
 TRACEBACK = 'NEPA_MM_TRACEBACK'
+HINT = f' ({TRACEBACK}=1 shows where)'
 
 
 class Start(Hook):
-    """A run up to its first step: whether that is done, and what was written until then."""
+    """A run up to the end of its first step: is it done, and what was written until then?"""
 
     priority = 'VERY_HIGH'
     begun = False
@@ -48,24 +49,25 @@ class Start(Hook):
             self.config.write_bytes(self.copy)
         elif self.config.is_file():
             self.config.unlink()
-        for folder in self.new_folders:
+        made = set(work_dir.iterdir()) - self.old if work_dir.is_dir() else set()
+        for folder in (*made, *self.new_folders):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        """The run has begun."""
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """The run goes: data, network and loss fit together."""
         self.begun = True
 
-    before_val_iter = before_test_iter = before_train_iter
+    after_val_iter = after_test_iter = after_train_iter
 
 
 @contextmanager
 def one_sentence_errors():
     """End the program with one sentence and status 2 where the user's input is at fault.
 
-    That is a :class:`DataError` at any time, also in a worker; and, up to the first step of a run,
-    a ``ValueError`` or ``OSError``. Everything else keeps its traceback, and with
-    ``NEPA_MM_TRACEBACK=1`` in the environment these do, too.
+    That is a :class:`DataError` or a missing file at any time, also in a worker, and everything
+    until a first step is done; what is no ``ValueError`` and no ``OSError`` comes with a hint. All
+    else keeps its traceback, and with ``NEPA_MM_TRACEBACK=1`` in the environment these do, too.
 
     Yields:
         Start: To be registered as a hook of the Runner.
@@ -74,13 +76,13 @@ def one_sentence_errors():
     try:
         yield start
     except Exception as error:
-        known = isinstance(error, DataError) or (
-            isinstance(error, (ValueError, OSError)) and not start.begun)
+        usual = isinstance(error, (ValueError, OSError))
+        known = not start.begun or isinstance(error, (DataError, FileNotFoundError))
         if not start.begun:
             start.undo()
         if not known or os.environ.get(TRACEBACK):
             raise
-        print(f'error: {reason(error)}', file=sys.stderr)
+        print(f'error: {reason(error)}{"" if usual else HINT}', file=sys.stderr)
         raise SystemExit(2) from error
     finally:
         # a run that raised leaves the listener of its checkpoint hook behind
@@ -96,13 +98,15 @@ def part(name):
     except DataError:
         raise
     except Exception as error:
-        odd = '' if isinstance(error, (ValueError, OSError)) else f' ({TRACEBACK}=1 shows where)'
-        raise ValueError(f'{name}: {reason(error)}{odd}') from error
+        hint = '' if isinstance(error, (ValueError, OSError)) else HINT
+        raise ValueError(f'{name}: {reason(error)}{hint}') from error
 
 
 def reason(error):
     """The first line of an error, or the sentence of one that a worker sent."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    if isinstance(error, KeyError) and ' ' not in text:
+        text = f'there is no {text}'
     if 'in DataLoader worker' in text:
         text = text.split('\n')[-1].partition(': ')[2]
     return text.split('\n')[0].split(' Please check whether the value')[0] or type(error).__name__

@@ -79,11 +79,12 @@ def knn_accuracy(model, bank_loader, query_loader, feature='avg_featmap', block=
     """Top-k accuracy in percent of k-NN on frozen features; see the functions above.
 
     Returns:
-        dict[str, float]: 'top1' and so on.
+        dict[str, float]: 'top1' and so on, up to the number of classes.
     """
     bank, labels = extract_features(model, bank_loader, feature, block)
     queries, targets = extract_features(model, query_loader, feature, block)
     num_classes = int(max(labels.max(), targets.max())) + 1
     scores = knn_scores(bank, labels, queries, num_classes, k, temperature)
     ranked = scores.topk(min(max(topk), num_classes), dim=1).indices == targets[:, None]
-    return {f'top{n}': 100 * ranked[:, :n].any(dim=1).float().mean().item() for n in topk}
+    return {f'top{n}': 100 * ranked[:, :n].any(dim=1).float().mean().item()
+            for n in topk if n <= num_classes}

@@ -8,13 +8,14 @@ import logging
 
 import mmcv
 import numpy as np
-from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
 from mmengine.logging import print_log
 from mmengine.registry import METRICS, TRANSFORMS
 
 from . import stack
-from .reading import DataError, LoadWholeImage
+from .classes import leaves
+from .pipelines import slots
+from .reading import DataError
 from .runtime import dicts
 
 stack.require('mmseg')
@@ -237,9 +238,8 @@ def _heads(heads):
 def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
     """Let a data set and the metrics of its evaluator use the classes of this module.
 
-    mmseg's LoadAnnotations becomes :class:`LoadCheckedMask`, its IoUMetric
-    :class:`CheckedIoUMetric`, and LoadImageFromFile without options LoadWholeImage, with the same
-    pixels and the file's name in its errors. The config stays as it is: mmseg's inference looks
+    mmseg's LoadAnnotations becomes :class:`LoadCheckedMask`, and its IoUMetric
+    :class:`CheckedIoUMetric`. The config stays as it is: mmseg's inference looks
     for its own names there.
 
     Args:
@@ -252,45 +252,14 @@ def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
         list[str]: What was replaced, for the log.
     """
     replaced = set()
-    for part in parts(dataset):
+    for part in leaves(dataset):
         for steps, index in slots(part.pipeline):
             old = steps[index]
             if type(old) is LoadAnnotations:
                 steps[index] = LoadCheckedMask.like(old, num_classes, ignore_index)
-            elif type(old) is LoadImageFromFile and vars(old) == vars(LoadImageFromFile()):
-                steps[index] = LoadWholeImage()
-            if steps[index] is not old:
                 replaced.add(f'{type(old).__name__} by {type(steps[index]).__name__}')
     for metric in metrics:
         if type(metric) is IoUMetric:
             metric.__class__ = CheckedIoUMetric     # which adds no state
             replaced.add('IoUMetric by CheckedIoUMetric')
     return [f'Replaced: {join(sorted(replaced))}.'] if replaced else []
-
-
-def parts(dataset):
-    """The data sets within ConcatDataset, RepeatDataset and the like."""
-    inner = getattr(dataset, 'datasets', None) or [
-        child for child in [getattr(dataset, 'dataset', None)] if child is not None]
-    if not inner:
-        yield dataset
-    for child in inner:
-        yield from parts(child)
-
-
-def slots(step):
-    """(list, index) of every transform within Compose, TestTimeAug and the like, in order."""
-    steps = _steps(step)
-    if not isinstance(steps, list):     # a Compose within a step
-        steps = _steps(steps) or []
-    for index, child in enumerate(steps):
-        if _steps(child):
-            yield from slots(child)
-        else:
-            yield steps, index
-
-
-def _steps(step):
-    if isinstance(step, list):
-        return step
-    return getattr(step, 'transforms', None) or getattr(step, 'subroutines', None)

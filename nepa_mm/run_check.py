@@ -10,6 +10,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop
 
 from .augment import TimmBatchAugment
 from .checkpoint import below, check_network, unwrapped, warn_of_other_function
@@ -34,7 +35,7 @@ SAME_FUNCTION = ('init_cfg', 'with_cp', 'compile_blocks', 'bf16_residual', 'exte
 COMPARED = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg',
             'custom_hooks')
 # Schedulers that leave the learning rate at its last value, small as a rule, when they end early.
-FALLING = ('LayerDecayCosineLR', 'CosineAnnealingLR', 'PolyLR', 'OneCycleLR')
+FALLING = ('LayerDecayCosineLR', 'CosineAnnealingLR', 'CosineRestartLR', 'PolyLR', 'OneCycleLR')
 
 
 def check_batches(runner, loader):
@@ -62,6 +63,42 @@ def check_batches(runner, loader):
                 f'train_dataloader.batch_size is {size}'
                 + (f' and the last batch has {last} images; set train_dataloader.drop_last=True.'
                    if last % 2 else '.'))
+
+
+def check_length(loop):
+    """Refuse runs of no step, and intervals of 0.
+
+    Raises:
+        ValueError: The sentence names the key of train_cfg.
+    """
+    length = 'max_epochs' if isinstance(loop, EpochBasedTrainLoop) else 'max_iters'
+    for name in (length, 'val_interval'):
+        value = getattr(loop, name, 1)
+        if type(value) is not int or value < 1:
+            raise ValueError(f'{name} must be an integer from 1, got {value!r}.')
+
+
+def check_best(runner):
+    """Refuse a ``save_best`` that the metrics, where they are known ones, do not give.
+
+    Raises:
+        ValueError: The sentence says what they give.
+    """
+    known = set()
+    for metric in runner.val_loop.evaluator.metrics:
+        if type(metric).__name__ == 'Accuracy' and tuple(metric.thrs or ()) == (0.,):
+            topk = (metric.topk,) if isinstance(metric.topk, int) else metric.topk
+            known |= {f'{metric.prefix}/top{k}' for k in topk}
+        elif 'IoUMetric' in type(metric).__name__ and not metric.prefix:
+            known |= {'aAcc', 'mIoU', 'mAcc', 'mDice', 'mFscore', 'mPrecision', 'mRecall'}
+        else:
+            return
+    for hook in runner.hooks if known else ():
+        best = getattr(hook, 'save_best', None) or ()
+        for name in [best] if isinstance(best, str) else best:
+            if name not in known | {'auto'} and name.removesuffix('_raw') not in known:
+                raise ValueError(f'default_hooks.checkpoint.save_best is {name}, but the '
+                                 f'evaluation gives {", ".join(sorted(known))}.')
 
 
 @HOOKS.register_module()
@@ -105,17 +142,19 @@ class RunCheckHook(Hook):
         own, loaded = unwrapped(runner.model).state_dict(), checkpoint.get('state_dict', {})
         source = runner._load_from
         meta = checkpoint.get('meta') or {}
+        new = [name for name, tensor in own.items() if not name.startswith('backbone.')
+               and (name not in loaded or loaded[name].shape != tensor.shape)]
         if runner._resume:
             self._check_experiment(runner, meta, source)
         else:
             check_network(below(own, 'backbone.'), below(loaded, 'backbone.'), source)
             warn_of_other_function(unwrapped(runner.model), meta, source)
-            new = [name for name, tensor in own.items() if not name.startswith('backbone.')
-                   and (name not in loaded or loaded[name].shape != tensor.shape)]
             if new:
                 self._warn(f'{source} has no {listed(new)} of that shape: they keep their initial '
                            'value.')
-        if any(name.startswith(('head.', 'decode_head.')) for name in loaded):
+        heads = ('head.', 'decode_head.')
+        if (any(name.startswith(heads) for name in loaded)
+                and not any(name.startswith(heads) for name in new)):
             self.note_classes(meta, source)
 
     def note_classes(self, meta, source):
@@ -152,6 +191,10 @@ class RunCheckHook(Hook):
     def before_train(self, runner):
         """Check a training run."""
         check_batches(runner, runner.train_dataloader)
+        if (isinstance(runner.train_loop, EpochBasedTrainLoop)
+                and 'Infinite' in type(runner.train_dataloader.sampler).__name__):
+            raise ValueError('train_dataloader.sampler has no end, and so has no epoch; take '
+                             'DefaultSampler, or train_cfg.by_epoch=False with max_iters.')
         train = runner.train_dataloader.dataset
         self.check_training_data(runner, train)
         names = classes_of(leaves(train)[0])
@@ -165,6 +208,7 @@ class RunCheckHook(Hook):
                                   'train_dataloader'):
                 self._warn(sentence)
             self._check_evaluation(runner, runner.val_loop, 'val_dataloader')
+            check_best(runner)
         for sentence in schedule_problems(runner) + average_problems(runner):
             self._odd(sentence)
         for sentence in idle_averages(runner) + silent_hooks(runner):
@@ -191,13 +235,23 @@ class RunCheckHook(Hook):
         if self.classes:
             for sentence in follow(loader.dataset, whose, self.classes, self.source):
                 self._warn(sentence)
+        head = getattr(unwrapped(runner.model), 'head', None)
+        outputs = getattr(head, 'num_classes', None)
+        if self.classes and outputs and len(self.classes) != outputs:
+            raise ValueError(f'{self.source} names {len(self.classes)} classes '
+                             f'({listed(self.classes)}), but model.head.num_classes is {outputs}.')
         num_classes = self._check_dataset(runner, loader.dataset, whose)
         for metric in loop.evaluator.metrics if num_classes else ():
-            topk = getattr(metric, 'topk', ())
-            if topk and max(topk) > num_classes:
-                metric.topk = tuple(k for k in topk if k <= num_classes)
-                self._warn(f'{whose}: {type(metric).__name__} has topk={tuple(topk)}, but there '
-                           f'are {num_classes} classes: topk={metric.topk}.')
+            self._cut_topk(metric, num_classes, f'{whose}: ')
+
+    def _cut_topk(self, owner, num_classes, where=''):
+        """Leave out the k of an Accuracy, or of a head that logs one, that are too large."""
+        topk = getattr(owner, 'topk', None) or ()
+        topk = (topk,) if isinstance(topk, int) else tuple(topk)
+        if topk and max(topk) > num_classes:
+            owner.topk = tuple(k for k in topk if k <= num_classes) or (1,)
+            self._warn(f'{where}{type(owner).__name__} has topk={topk}, and the number of classes '
+                       f'is {num_classes}: topk={owner.topk}.')
 
     def _check_dataset(self, runner, dataset, whose):
         """Labels against folders and outputs; return the number of outputs, None without labels."""
@@ -212,6 +266,8 @@ class RunCheckHook(Hook):
             check_labels(leaf, whose, num_classes)
         if hasattr(model.data_preprocessor, 'num_classes'):
             model.data_preprocessor.num_classes = num_classes   # of its one-hot labels, so Mixup's
+        if getattr(model.head, 'cal_acc', False):
+            self._cut_topk(model.head, num_classes)
         return num_classes
 
     def _odd(self, sentence):
@@ -245,15 +301,21 @@ def schedule_problems(runner):
                     unit, step = 'epoch', iterations
                 sentences.append(
                     f'param_scheduler: {name} ends after {unit} {end // step}, but the run after '
-                    f'{length // step}; set param_scheduler.end={length // step}, or train_cfg to '
-                    'the length of the schedule.')
+                    f'{length // step}; set param_scheduler.end={length // step} (or T_max, '
+                    'milestones ...), or train_cfg to the length of the schedule.')
     return sentences
 
 
 def end_of(scheduler):
-    """The step at which a scheduler ends, ``INF`` if it does not say."""
-    length = getattr(scheduler, 'T_max', None)
-    return min(getattr(scheduler, 'end', INF), scheduler.begin + length if length else INF)
+    """The step at which a scheduler has done all that it does, ``INF`` if it does not say.
+
+    mmengine fills in ``end`` with the length of the run, so the shape's own length counts first.
+    """
+    for name in ('T_max', 'total_steps', 'step_size', 'milestones', 'cumulative_periods'):
+        length = getattr(scheduler, name, None)
+        if length:
+            return scheduler.begin + (length if isinstance(length, int) else max(length))
+    return getattr(scheduler, 'end', INF)
 
 
 def averages(runner):

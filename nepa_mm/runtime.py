@@ -18,12 +18,14 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
 
+from .annotations import check_annotations
 from .cfg_options import merge_options
 from .checkpoint import find_whole_checkpoint
 from .errors import one_sentence_errors, part
 from .hooks.probe import kept_random_state
+from .pipelines import read_whole
 from .reading import IMAGE_SUFFIXES, UnreadableImageError
-from .run_check import RunCheckHook, check_batches
+from .run_check import RunCheckHook, check_batches, check_length
 
 __all__ = ['build_runner', 'check_checkpoint', 'check_data', 'dicts', 'load_config',
            'one_sentence_errors', 'set_start', 'start_runner']
@@ -93,7 +95,7 @@ def set_start(cfg, resume=None):
         FileNotFoundError: If a checkpoint to resume or to load (``load_from``, or an ``init_cfg``
             of type 'Pretrained') does not exist.
     """
-    for node in dicts(cfg.model):
+    for node in dicts(cfg.get('model')):
         if node.get('type') == 'Pretrained':
             check_checkpoint(node['checkpoint'], "init_cfg of type 'Pretrained'")
     if resume:      # asked for, so another experiment is meant
@@ -161,6 +163,8 @@ def check_data(cfg, *loaders):
                         + (f'; expected are {layout}' if layout else '')
                         + f' (relative to {os.getcwd()}; {name}.dataset.data_root sets another '
                         'place).')
+            if kind == 'CustomDataset' and dataset.get('ann_file') and os.path.isfile(wanted[-1]):
+                check_annotations(wanted[-1], wanted[0], dataset.get('with_label', True), name)
 
 
 def _data_problem(path, labelled):
@@ -224,6 +228,7 @@ def start_runner(cfg, start, stage):
     Raises:
         ValueError: Something cannot be built; the sentence begins with the part of the config.
     """
+    check_complete(cfg, stage)
     start.before_writing(cfg)
     if cfg.get('default_scope') == 'mmseg':
         from .segmentation_data import check_masks, check_not_empty
@@ -239,7 +244,7 @@ def start_runner(cfg, start, stage):
         with part('test_dataloader'):
             check_masks(runner, runner.test_loop.dataloader.dataset, 'test_dataloader',
                         runner.test_loop.evaluator.metrics)
-            check_pipeline(runner.test_dataloader.dataset)
+            check_pipeline(runner, runner.test_dataloader.dataset)
         return runner
     # the loader first, for workers of an iteration-based loop begin with the loop
     with part('train_dataloader'):
@@ -247,11 +252,11 @@ def start_runner(cfg, start, stage):
             runner._train_dataloader, seed=runner.seed,
             diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False))
         check_masks(runner, loader.dataset, 'train_dataloader')
-        check_pipeline(loader.dataset)
+        check_pipeline(runner, loader.dataset)
     check_batches(runner, loader)
     run_check.check_training_data(runner, loader.dataset)
     with part('train_cfg'):
-        _ = runner.train_loop       # a property that builds
+        check_length(runner.train_loop)     # a property that builds
     with part('optim_wrapper'):
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     with part('param_scheduler'):
@@ -259,14 +264,38 @@ def start_runner(cfg, start, stage):
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     with part('val_dataloader'):
         if runner.val_loop is not None:
-            check_pipeline(runner.val_dataloader.dataset)
+            check_pipeline(runner, runner.val_dataloader.dataset)
             check_masks(runner, runner.val_dataloader.dataset, 'val_dataloader',
                         runner.val_loop.evaluator.metrics)
     return runner
 
 
-def check_pipeline(dataset):
+def check_complete(cfg, stage):
+    """Refuse half of what a stage needs; mmengine would print the other half.
+
+    Raises:
+        ValueError: The sentence says what is missing.
+    """
+    if not isinstance(cfg.get('model'), dict):
+        raise ValueError('The config has no model.')
+    needed = dict(train=('train_dataloader', 'train_cfg', 'optim_wrapper'),
+                  **{name: (f'{name}_dataloader', f'{name}_cfg', f'{name}_evaluator')
+                     for name in ('val', 'test')})
+    for name, keys in needed.items():
+        missing = [key for key in keys if cfg.get(key) is None]
+        if missing and (name == stage or len(missing) < 3):
+            raise ValueError(f'The config has no {" and no ".join(missing)}; a run that '
+                             f'{dict(val="validate", test="test").get(name, name)}s needs '
+                             f'{", ".join(keys)}.')
+    for name in LOADERS:
+        if cfg.get(name) and not isinstance(cfg[name].get('dataset'), dict):
+            raise ValueError(f'{name}.dataset must be a dict, got {cfg[name].get("dataset")!r}.')
+
+
+def check_pipeline(runner, dataset):
     """Make one sample, which shows whether the steps of the pipeline go together."""
+    if read_whole(dataset):
+        runner.logger.info('Replaced: LoadImageFromFile by LoadWholeImage.')
     with kept_random_state(), suppress(UnreadableImageError, IndexError):
         dataset[0]
 

@@ -5,7 +5,9 @@ import numpy as np
 from mmengine import fileio
 
 from . import stack
-from .masks import LoadCheckedMask, listing, look_while_reading, parts, rules, slots, values_of
+from .classes import leaves
+from .masks import LoadCheckedMask, listing, look_while_reading, rules, values_of
+from .pipelines import slots
 from .reading import IMAGE_SUFFIXES, ORIENTATION, DataError, open_image, read_bytes
 from .runtime import dicts
 
@@ -68,7 +70,7 @@ def check_segmentation_data(dataset, num_classes, ignore_index=255, name='data s
         ValueError: The data set names another number of classes than ``num_classes``.
     """
     warnings, read, seen, names = [], [], set(), None
-    for part in parts(dataset):
+    for part in leaves(dataset):
         steps = [steps[index] for steps, index in slots(part.pipeline)]
         loader = next((step for step in steps if isinstance(step, LoadAnnotations)), None)
         if not isinstance(part, BaseSegDataset) or loader is None:

@@ -21,7 +21,7 @@ from .checkpoint import written_whole
 from .reading import IMAGE_SUFFIXES
 
 INDEX = '.nepa_mm_index.json'
-VERSION = 2     # of what it says about a tar
+VERSION = 3     # of what it says about a tar
 
 
 def pyarrow_parquet():
@@ -84,9 +84,14 @@ def read_row(file, column, row):
 
 def index_tar(file):
     """(name, offset, size, label or None) of each image; labels stand in ``.cls`` files."""
-    images, labels = [], {}
+    images, labels, names = [], {}, set()
     with tarfile.open(file, 'r:') as opened:
         for member in opened:
+            if os.path.basename(member.name).startswith('.'):   # of macOS, beside each file
+                continue
+            if member.name in names:
+                raise ValueError(f'{member.name} is there twice')
+            names.add(member.name)
             if member.name.lower().endswith(IMAGE_SUFFIXES):
                 images.append((member.name, member.offset_data, member.size))
             elif member.name.endswith('.cls'):
@@ -162,6 +167,8 @@ class ImageNetShards(BaseDataset):
         for file in [f for f in files if f.suffix == '.parquet']:
             samples += [(file, dict(column=self.image_column, row=row), label)
                         for row, label in enumerate(self._labels(file))]
+        if not samples:
+            raise ValueError(f'{files[0]} holds no image, nor do {len(files) - 1} more files.')
         return [self._sample(*sample) for sample in samples]
 
     def _sample(self, file, place, label):

@@ -150,6 +150,8 @@ def test_misspelt_keys(capsys, option, key):
     ('model.backbone.type=NEPAVit', "no 'NEPAVit' for model.backbone.type; the nearest is NEPAViT"),
     ('optim_wrapper.optimizer.type=SGD', 'SGD does not take betas, eps, .*_delete_=True'),
     ('custom_imports.imports=[no_such_module]', 'custom_imports: .*no_such_module'),
+    ('optim_wrapper.optimizer.lr=1e-3x', "must be a number, as .* got '1e-3x'"),
+    ('train_dataloader.persistent_workers=Flase', "must be True or False, as .* got 'Flase'"),
     ('launcher=slurm', 'use the flag --launcher'),
     ('tta_model.type=X', 'only tools/test.py --tta reads it'),
 ])

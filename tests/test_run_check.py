@@ -197,6 +197,39 @@ def test_other_labels_than_outputs(folder):
     refused('Labels of train_dataloader must be 0 to 2, .* go from 0 to 7', run_train, config)
 
 
+def test_folders_without_a_common_class(folder):
+    classes(train=dict(ant=2, bee=2), val=dict(cow=1, dog=1))
+    refused('val_dataloader has the classes cow, dog and train_dataloader ant, bee: .* none',
+            run_train, save_config(**{'model.head.num_classes': 2}))
+
+
+def test_start_from_a_classifier_of_other_classes(folder):
+    """Its head does not fit and is not loaded, so its names say nothing."""
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1, bee=1, cat=1))
+    checkpoint = save_classifier(tuple('wxyz'), save_config(**{'model.head.num_classes': 4}))
+    assert run_train([save_config(load_from=checkpoint)]).iter == 6
+
+
+@pytest.mark.parametrize('lines, sentence', [
+    ('', 'list.txt is empty'), ('ant/0.jpg 0\n\n', "line 2 of data/list.txt is ''"),
+    ('ant/0.jpg ant\n', "line 1 of data/list.txt is 'ant/0.jpg ant'"),
+    ('ant/0.jpg 0\nant/9.jpg 0\n', 'no image data/train/ant/9.jpg, which data/list.txt names')])
+def test_annotation_files(folder, lines, sentence):
+    classes(train=dict(ant=2), val=dict(ant=1))
+    Path('data/list.txt').write_text(lines)
+    refused(sentence, run_train, save_config(**{'train_dataloader.dataset.ann_file': 'list.txt'}))
+
+
+def test_numbers_against_names(folder):
+    """An annotation file without metainfo.classes cannot be compared, which is said."""
+    classes(train=dict(ant=2, bee=2), val=dict(ant=1, bee=1))
+    Path('data/list.txt').write_text('bee/0.jpg 0\nbee/1.jpg 0\nant/0.jpg 1\nant/1.jpg 1\n')
+    runner = run_train([save_config(**{'train_dataloader.dataset.ann_file': 'list.txt',
+                                       'model.head.num_classes': 2})])
+    assert sum('train_dataloader names no class: its numbers are taken to be those of '
+               'val_dataloader (ant, bee)' in line for line in warnings(runner)) == 1
+
+
 # ---------------------------------------------------------------- nothing vanishes
 
 
@@ -307,6 +340,39 @@ def test_schedules_of_others(trainable):
                       '--no-resume']).iter == 6
 
 
+@pytest.mark.parametrize('scheduler', [
+    dict(type='CosineAnnealingLR', T_max=90), dict(type='MultiStepLR', milestones=[30, 60, 90]),
+    dict(type='StepLR', step_size=90)])
+def test_schedules_whose_shape_is_longer_than_the_run(trainable, scheduler):
+    """mmengine ends each of them with the run."""
+    refused('ends after epoch 90, but the run after 2', run_train,
+            trainable(param_scheduler=[dict(scheduler, by_epoch=True)]))
+
+
+def test_what_only_mmengine_would_find_later(trainable):
+    for change, sentence in (
+            ({'train_cfg.max_epochs': -1}, 'max_epochs must be an integer from 1, got -1'),
+            ({'train_cfg.val_interval': 0}, 'val_interval must be an integer from 1, got 0'),
+            ({'train_dataloader.sampler': dict(type='InfiniteSampler')}, 'sampler has no end'),
+            ({'default_hooks.checkpoint.save_best': 'accuracy/top5'}, 'gives accuracy/top1[.]'),
+            ({'val_evaluator': None}, 'no val_evaluator; a run that validates needs'),
+            ({'train_dataloader.dataset.data_root': 5}, 'not int'),
+            # in the first step
+            ({'model.backbone.patch_size': 13}, 'no whole number of patches of 13x13'),
+            ({'train_dataloader.dataset.pipeline': []}, 'inputs')):
+        refused(sentence, run_train, trainable(**change))
+
+
+@pytest.mark.parametrize('topk', [5, (5,)])
+def test_no_k_is_left(trainable, topk):
+    runner = run_train([trainable(**{'val_evaluator.topk': topk, 'model.head.cal_acc': True,
+                                     'model.head.topk': (1, 5),
+                                     'model.data_preprocessor.batch_augments': None,
+                                     'model.head.loss': dict(
+                                         type='CrossEntropyLoss', _delete_=True)})])
+    assert runner.val_evaluator.metrics[0].topk == (1,) and runner.model.head.topk == (1,)
+
+
 def test_average_that_stays_where_it_began(trainable):
     average = [dict(type='ModelEMAHook', momentum=1e-3)]
     refused('ModelEMAHook.*momentum 0.001.*6 updates.*99 %', run_train,
@@ -337,7 +403,7 @@ def test_errors_of_what_the_runner_builds_late(trainable):
             ({'train_dataloader.dataset.pipeline': [dict(type='Rezise')]},
              'train_dataloader.*Rezise'),
             ({'train_dataloader.dataset.pipeline': [dict(type='RandomResizedCrop', scale=28)]},
-             'train_dataloader: img'),
+             'train_dataloader: .*img'),
             ({'val_dataloader.dataset.pipeline': [dict(type='LoadWholeImage'),
                                                   dict(type='CenterCrop', crop_size='a')]},
              'val_dataloader'),
@@ -353,10 +419,10 @@ def test_a_refused_run_keeps_what_was_there(trainable):
                       for path in Path('work_dirs').rglob('*') if path.is_file()}
 
 
-def test_damaged_image_in_a_worker_ends_in_one_sentence(trainable, folder):
+@pytest.mark.parametrize('load', ['LoadWholeImage', 'LoadImageFromFile'])
+def test_damaged_image_in_a_worker_ends_in_one_sentence(trainable, folder, load):
     Path('data/train/cat/1.jpg').write_bytes(b'\xff\xd8\xff nothing')
-    pipeline = [dict(type='LoadWholeImage'), dict(type='Resize', scale=(28, 28)),
-                dict(type='PackInputs')]
+    pipeline = [dict(type=load), dict(type='Resize', scale=(28, 28)), dict(type='PackInputs')]
     config = trainable(**{'train_dataloader.dataset.pipeline': pipeline,
                           'train_dataloader.num_workers': 2})
     code, output = run_script('train.py', config, cwd=folder)

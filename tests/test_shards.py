@@ -96,6 +96,23 @@ def test_every_image_of_a_tar_is_a_sample(images):
         content for _, content, _ in images] + [images[0][1]]
 
 
+def test_names_of_a_tar(images):
+    """Files of macOS beside each other one are no images; two samples of one name are refused."""
+    Path('tars').mkdir()
+    _, content, _ = images[0]
+    for names, sentence in ((['._a', 'a'], None), (['a', 'a'], 'a.jpg is there twice'),
+                            (['._a'], 'holds no image')):
+        with tarfile.open('tars/train.tar', 'w') as opened:
+            for name in names:
+                add(opened, f'{name}.jpg', content)
+                add(opened, f'{name}.cls' if name == 'a' else f'{name}.txt', b'1')
+        if sentence:
+            with pytest.raises(ValueError, match=sentence):
+                build('tars')
+        else:
+            assert len(build('tars')) == 1
+
+
 def test_the_index_of_tars_is_kept(images, monkeypatch):
     save_tars(images)
     paths = [build('tars').get_data_info(index)['img_path'] for index in range(7)]
