@@ -140,8 +140,8 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(report):
 def test_what_cannot_be_is_said(report, monkeypatch):
     errors = report['errors']
     assert 'leave out model_wrapper_cfg' in errors['wrapper']
-    assert errors['average'].endswith('from the first update on: leave out begin_iter.')
-    assert errors['probe'].endswith('leave it out and give checkpoints to tools/knn.py.')
+    assert errors['average'].strip().endswith('from the first update on: leave out begin_iter.')
+    assert errors['probe'].strip().endswith('leave it out and give checkpoints to tools/knn.py.')
     with pytest.raises(ValueError, match='shards the blocks of a NEPAViT, but Linear has none'):
         shard(torch.nn.Linear(1, 1))
     monkeypatch.setitem(sys.modules, 'torch.distributed.fsdp', None)
