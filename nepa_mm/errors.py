@@ -51,19 +51,19 @@ class Start(Hook):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        """The run has begun."""
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """The first step is done."""
         self.begun = True
 
-    before_val_iter = before_test_iter = before_train_iter
+    after_val_iter = after_test_iter = after_train_iter
 
 
 @contextmanager
 def one_sentence_errors():
     """End the program with one sentence and status 2 where the user's input is at fault.
 
-    That is a :class:`DataError` at any time, also in a worker; and, up to the first step of a run,
-    a ``ValueError`` or ``OSError``. Everything else keeps its traceback, and with
+    That is a :class:`DataError` at any time, also in a worker; and, until the first step of a run
+    is done, a ``ValueError`` or ``OSError``. Everything else keeps its traceback, and with
     ``NEPA_MM_TRACEBACK=1`` in the environment these do, too.
 
     Yields:

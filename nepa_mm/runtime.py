@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import RUNNERS
+from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import distributed
 
@@ -22,6 +22,7 @@ from .cfg_options import merge_options
 from .checkpoint import find_whole_checkpoint
 from .errors import one_sentence_errors, part
 from .hooks.probe import kept_random_state
+from .pipelines import use_one_reader
 from .reading import IMAGE_SUFFIXES, UnreadableImageError
 from .run_check import RunCheckHook, check_batches
 
@@ -227,6 +228,7 @@ def start_runner(cfg, start, stage):
     start.before_writing(cfg)
     if cfg.get('default_scope') == 'mmseg':
         from .segmentation_data import check_masks, check_not_empty
+        init_default_scope('mmseg')     # in which nepa_mm:: looks for names
         check_not_empty(cfg, *(['test_dataloader'] if stage == 'test' else LOADERS[:2]))
     else:
         def check_masks(*args):
@@ -237,6 +239,7 @@ def start_runner(cfg, start, stage):
     run_check, = [hook for hook in runner.hooks if isinstance(hook, RunCheckHook)]
     if stage == 'test':
         with part('test_dataloader'):
+            use_one_reader(runner.test_loop.dataloader.dataset, runner.model)
             check_masks(runner, runner.test_loop.dataloader.dataset, 'test_dataloader',
                         runner.test_loop.evaluator.metrics)
             check_pipeline(runner.test_dataloader.dataset)
@@ -246,6 +249,7 @@ def start_runner(cfg, start, stage):
         loader = runner._train_dataloader = runner.build_dataloader(
             runner._train_dataloader, seed=runner.seed,
             diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False))
+        use_one_reader(loader.dataset, runner.model)
         check_masks(runner, loader.dataset, 'train_dataloader')
         check_pipeline(loader.dataset)
     check_batches(runner, loader)
@@ -259,6 +263,7 @@ def start_runner(cfg, start, stage):
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     with part('val_dataloader'):
         if runner.val_loop is not None:
+            use_one_reader(runner.val_dataloader.dataset, runner.model)
             check_pipeline(runner.val_dataloader.dataset)
             check_masks(runner, runner.val_dataloader.dataset, 'val_dataloader',
                         runner.val_loop.evaluator.metrics)

@@ -81,7 +81,7 @@ def test_refusals(capsys):
     cfg = Config.fromfile(config)
     cfg.model.backbone.arch.num_layers += 1
     cfg.dump('deeper.py')
-    assert 'never trained cannot predict: backbone.layers.3' in refuse(
+    assert 'holds another network: it lacks backbone.layers.3' in refuse(
         IMAGES[0], '--model', 'deeper.py', '--checkpoint', checkpoint)
 
 
