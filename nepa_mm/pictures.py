@@ -1,5 +1,4 @@
 """Pictures of predictions: what the network saw of each image, under a name of its own."""
-import os
 from pathlib import Path
 
 from mmengine.registry import HOOKS
@@ -33,6 +32,14 @@ def page_names(images, out_dir):
         yield path
 
 
+def pages_of(dataset, out_dir):
+    """The pages of a data set's files, by path; of all of them, so that processes agree."""
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))] if hasattr(
+        dataset, 'get_data_info') else []
+    paths = [info['img_path'] for info in infos if info.get('img_path')]
+    return dict(zip(paths, page_names(paths, out_dir)))
+
+
 @HOOKS.register_module(force=True)
 class SeenImageHook(VisualizationHook):
     """mmpretrain's hook, with right colours for any number of channels, and no picture lost.
@@ -49,11 +56,7 @@ class SeenImageHook(VisualizationHook):
     def after_test_iter(self, runner, batch_idx, data_batch, outputs):
         """Draw a batch of the test."""
         if self.names is None:
-            dataset = runner.test_dataloader.dataset
-            infos = [dataset.get_data_info(i) for i in range(len(dataset))] if hasattr(
-                dataset, 'get_data_info') else []
-            paths = [info['img_path'] for info in infos if info.get('img_path')]
-            self.names = dict(zip(paths, page_names(paths, self.out_dir)))
+            self.names = pages_of(runner.test_dataloader.dataset, self.out_dir)
         inputs = data_batch['inputs']
         if outputs and len(inputs) and getattr(inputs[0], 'ndim', 3) == 4:     # views of one batch
             inputs = inputs[0]
@@ -67,19 +70,26 @@ class SeenImageHook(VisualizationHook):
                     name=page.stem, **dict(self.draw_args, out_file=str(page)))
 
 
-def segmentation_hook(color_type):
-    """A class in place of mmseg's SegVisualizationHook, which reads files as the network does."""
+def segmentation_hook(color_type, out_dir):
+    """A class in place of mmseg's SegVisualizationHook, which reads files as the network does.
+
+    Its pictures are written whatever backends the config gives to the visualizer.
+    """
     from mmseg.engine.hooks import SegVisualizationHook
 
     @HOOKS.register_module(force=True)
     class SeenSegmentsHook(SegVisualizationHook):
+        names = None
+
         def after_test_iter(self, runner, batch_idx, data_batch, outputs):
+            if self.names is None:
+                self.names = pages_of(runner.test_dataloader.dataset, out_dir)
             for sample in outputs:
-                self._test_index += 1
+                path = sample.img_path
+                page = self.names.get(path, Path(out_dir) / f'{Path(path).stem}.png')
                 self._visualizer.add_datasample(
-                    f'test_{os.path.basename(sample.img_path)}',
-                    to_picture(read_image(sample.img_path, color_type)),
+                    page.stem, to_picture(read_image(path, color_type)),
                     data_sample=sample.numpy(),     # a mask of 1 x 1 would be an index else
-                    show=self.show, wait_time=self.wait_time, step=self._test_index)
+                    show=self.show, wait_time=self.wait_time, out_file=str(page))
 
     return SeenSegmentsHook.__name__

@@ -24,7 +24,7 @@ from .tiny_runs import load_tool, run_test, run_train, save_classifier, save_seg
 ALONE = ['--cfg-options', 'experiment_name=alone']      # visualizers are kept by this name
 CHOICES = dict(ema=[[], ['--weights', 'ema']], raw=[['--weights', 'raw']])
 ASKED = [(which, flags) for which, choices in CHOICES.items() for flags in choices]
-HOOKS = [dict(type='ModelEMAHook', evaluate_on_origin=True), dict(type='LabelCheckHook')]
+HOOKS = [dict(type='ModelEMAHook', evaluate_on_origin=True)]
 ours = pytest.mark.parametrize('which, flags', ASKED, ids=lambda x: ' '.join(x) or 'default')
 
 

@@ -86,9 +86,8 @@ def show_predictions(cfg, show_dir):
     if not hook:
         raise ValueError('--show-dir needs default_hooks.visualization, which the config lacks.')
     if is_segmentation(cfg):
-        kind = segmentation_hook(color_type(cfg, 'test_dataloader'))
+        kind = segmentation_hook(color_type(cfg, 'test_dataloader'), show_dir)
         hook.update(type=kind, draw=True, interval=1)
-        cfg.visualizer.save_dir = show_dir
     else:
         hook.update(type=SeenImageHook.__name__, enable=True, out_dir=show_dir)
         hook.setdefault('interval', 1)
