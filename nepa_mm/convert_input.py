@@ -139,7 +139,10 @@ def pipeline_of(found):
     """The test pipeline of an input, the inverse of :func:`input_of`."""
     how = dict(interpolation=found['interpolation'], backend=found['backend'])
     resize, crop = found['resize'], found['crop']
-    steps = [dict(type='LoadImageFromFile')]
+    channels = len(found['mean'])
+    color = {} if channels == 3 else dict(
+        color_type='grayscale' if channels == 1 else 'unchanged')
+    steps = [dict(type='LoadWholeImage', **color)]
     if isinstance(resize, list):
         steps.append(dict(type='Resize', scale=tuple(resize[::-1]), **how))
     elif resize:

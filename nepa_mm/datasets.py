@@ -177,7 +177,7 @@ class LoadRandomResizedCrop(RandomResizedCrop):
             raise ValueError("interpolation must be 'bilinear' or 'bicubic', "
                              f'got {interpolation!r}.')
         super().__init__(scale, interpolation=interpolation, backend='pillow', **kwargs)
-        self.color_type = check_color_type(color_type)
+        self.color_type, self.channels = check_color_type(color_type), None
 
     def transform(self, results):
         """Load, crop and resize ``results['img_path']``."""
@@ -186,7 +186,7 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         image = self._decode(content) if self.color_type == 'color' else None
         reverse = image is not None     # torchvision's pixels are RGB
         if image is None:
-            results['img'] = decode_image(content, path, self.color_type)
+            results['img'] = decode_image(content, path, self.color_type, self.channels)
             results['img_shape'] = results['ori_shape'] = results['img'].shape[:2]
             if self.color_type != 'unchanged':
                 return super().transform(results)

@@ -74,11 +74,11 @@ class PatchEmbed(nn.Module):
         if self.remainder == 'pad':
             img = F.pad(img, (0, -width % pw, 0, -height % ph))
         elif height < ph or width < pw:
-            raise ValueError(f'The image of {height}x{width} pixels is smaller than one patch of '
-                             f"{ph}x{pw}; give a larger one, or set remainder='pad'.")
+            raise DataError(f'The image of {height}x{width} pixels is smaller than one patch of '
+                            f"{ph}x{pw}; give a larger one, or set remainder='pad'.")
         elif self.remainder == 'error' and (height % ph or width % pw):
-            raise ValueError(f'The image of {height}x{width} pixels is no whole number of patches '
-                             f"of {ph}x{pw}; resize it, or set remainder='pad' or 'drop'.")
+            raise DataError(f'The image of {height}x{width} pixels is no whole number of patches '
+                            f"of {ph}x{pw}; resize it, or set remainder='pad' or 'drop'.")
         gh, gw = img.shape[2] // ph, img.shape[3] // pw
         # The kernel sees every pixel once, so the convolution is one matrix product.
         patches = img[:, :, :gh * ph, :gw * pw].reshape(B, C, gh, ph, gw, pw)

@@ -97,6 +97,7 @@ class LoadCheckedMask(LoadAnnotations):
     def __init__(self, num_classes, ignore_index=255, **kwargs):
         super().__init__(**kwargs)
         self.num_classes, self.ignore_index = max(num_classes, 2), ignore_index
+        self.no_void = False        # that 255 beside 0 alone is the other class, not void
 
     @classmethod
     def like(cls, loader, num_classes, ignore_index):
@@ -127,6 +128,9 @@ class LoadCheckedMask(LoadAnnotations):
         allowed = (table < self.num_classes) | (table == self.ignore_index)
         if not np.isin(values, np.flatnonzero(allowed)).all():
             raise DataError(f'The mask {path} {self.sentence(values, results)}.')
+        if self.no_void and values.tolist() == [0, 255]:
+            raise DataError(f'The mask {path} {self.sentence(values, results)}, and other masks '
+                            'hold 1 but never beside 255.')
         return values.astype(np.uint8), table[mask.astype(np.uint8)]
 
     def labels(self, results):
@@ -221,6 +225,13 @@ def rules(cfg, loader):
     if num_classes > 255:
         raise ValueError(f'model.decode_head.num_classes={num_classes}, but mmseg reads masks as '
                          '8 bits: 255 classes at most.')
+    losses = [loss for loss in dicts(head.get('loss_decode')) if loss.get('type') in (
+        'CrossEntropyLoss', 'mmseg.CrossEntropyLoss')]
+    if 1 in (num_classes, head.get('out_channels')) and not all(
+            loss.get('use_sigmoid') for loss in losses):
+        raise ValueError('model.decode_head has a single logit, whose CrossEntropyLoss needs '
+                         'use_sigmoid=True in loss_decode; or set num_classes=2 and no '
+                         'out_channels.')
     for other in _heads(model.get('auxiliary_head')):
         if other.get('num_classes', num_classes) != num_classes and other['type'] != 'STDCHead':
             raise ValueError(f'model.auxiliary_head.num_classes={other["num_classes"]} differs '
@@ -239,8 +250,8 @@ def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
     """Let a data set and the metrics of its evaluator use the classes of this module.
 
     mmseg's LoadAnnotations becomes :class:`LoadCheckedMask`, and its IoUMetric
-    :class:`CheckedIoUMetric`. The config stays as it is: mmseg's inference looks
-    for its own names there.
+    :class:`CheckedIoUMetric`. The config stays as it is: mmseg's inference looks for its own names
+    there.
 
     Args:
         dataset (Dataset): Changed in place; no worker has it yet.
@@ -257,7 +268,7 @@ def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
             old = steps[index]
             if type(old) is LoadAnnotations:
                 steps[index] = LoadCheckedMask.like(old, num_classes, ignore_index)
-                replaced.add(f'{type(old).__name__} by {type(steps[index]).__name__}')
+                replaced.add('LoadAnnotations by LoadCheckedMask')
     for metric in metrics:
         if type(metric) is IoUMetric:
             metric.__class__ = CheckedIoUMetric     # which adds no state

@@ -1,29 +1,9 @@
-"""Steps of the pipelines of data sets that are built already."""
+"""The steps by which the data sets of a run read and change samples, wherever they are nested."""
 from mmcv.transforms import LoadImageFromFile
 
+from .checkpoint import unwrapped
 from .classes import leaves
 from .reading import LoadWholeImage
-
-
-def read_whole(dataset):
-    """Let LoadWholeImage read the images of a data set in place of a plain LoadImageFromFile.
-
-    The pixels are the same, and errors name the file. The config stays as it is: inferencers look
-    for OpenMMLab's own name there.
-
-    Args:
-        dataset (Dataset): Changed in place; no worker has it yet.
-
-    Returns:
-        bool: Whether there was one.
-    """
-    places = [(steps, index) for leaf in leaves(dataset)
-              for steps, index in slots(getattr(leaf, 'pipeline', []))
-              if type(steps[index]) is LoadImageFromFile
-              and vars(steps[index]) == vars(LoadImageFromFile())]
-    for steps, index in places:
-        steps[index] = LoadWholeImage()
-    return bool(places)
 
 
 def slots(step):
@@ -42,3 +22,24 @@ def _steps(step):
     if isinstance(step, list):
         return step
     return getattr(step, 'transforms', None) or getattr(step, 'subroutines', None)
+
+
+def use_one_reader(dataset, model):
+    """Let a data set read files as the tools do, with as many channels as the network takes.
+
+    mmcv's LoadImageFromFile without options becomes LoadWholeImage. The config stays as it is:
+    OpenMMLab's inferencers look for their own names there.
+
+    Args:
+        dataset (Dataset): Changed in place; no worker has it yet.
+        model (nn.Module): The network.
+    """
+    patch_embed = getattr(getattr(unwrapped(model), 'backbone', None), 'patch_embed', None)
+    projection = getattr(patch_embed, 'projection', None)
+    for leaf in leaves(dataset):
+        for steps, index in slots(getattr(leaf, 'pipeline', [])):
+            old = steps[index]
+            if type(old) is LoadImageFromFile and vars(old) == vars(LoadImageFromFile()):
+                steps[index] = LoadWholeImage()
+            if getattr(steps[index], 'color_type', None) == 'unchanged':
+                steps[index].channels = getattr(projection, 'in_channels', None)

@@ -84,12 +84,12 @@ def decode_jpeg(content, **options):
     return torchvision_io.decode_jpeg(content, mode=torchvision_io.ImageReadMode.RGB, **options)
 
 
-def read_image(path, color_type='color'):
+def read_image(path, color_type='color', channels=None):
     """The pixels of a file, for networks and for people; see :func:`decode_image`."""
-    return decode_image(read_bytes(path), path, color_type)
+    return decode_image(read_bytes(path), path, color_type, channels)
 
 
-def decode_image(content, path, color_type='color'):
+def decode_image(content, path, color_type='color', channels=None):
     """The pixels of a file's content, turned upright, as OpenMMLab keeps them.
 
     ======================  =====================================================================
@@ -108,6 +108,8 @@ def decode_image(content, path, color_type='color'):
             uint8; 'unchanged', the channels and values of the file, (height, width) or (height,
             width, C), uint8 or else fp32. Of 'unchanged', 3 channels are BGR, and others have
             the order of the file: RGBA, say. Defaults to 'color'.
+        channels (int, optional): How many 'unchanged' pixels have to have, if not one. Defaults to
+            None: any number.
 
     Returns:
         ndarray: The pixels.
@@ -129,7 +131,7 @@ def decode_image(content, path, color_type='color'):
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
-    return convert_pixels(pixels, path, color_type)
+    return convert_pixels(pixels, path, color_type, channels)
 
 
 def _load_npy(content):
@@ -164,18 +166,24 @@ def _pixels(image, path, color_type):
     return np.asarray(image.convert('L') if image.mode == '1' else image)
 
 
-def convert_pixels(pixels, path, color_type):
+def convert_pixels(pixels, path, color_type, wanted=None):
     """Grey or RGB pixels as an image of ``color_type``; see :func:`decode_image`.
 
     Args:
         pixels (ndarray): (height, width) or (height, width, C), of any real type.
         path (str): What error messages call them.
         color_type (str): 'color', 'grayscale' or 'unchanged'.
+        wanted (int, optional): ``channels`` of :func:`decode_image`. Defaults to None.
     """
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     if pixels.ndim == 3 and channels == 1:
         pixels = pixels[..., 0]
     if color_type == 'unchanged':
+        if wanted and channels not in (1, wanted):
+            raise DataError(f'{path} has {channels} channels, but the network '
+                            f'in_channels={wanted}.')
+        if pixels.dtype.kind == 'f' and not np.isfinite(pixels).all():
+            raise DataError(f'{path} has pixels that are no numbers (nan or infinite).')
         pixels = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
         return np.ascontiguousarray(pixels[..., ::-1]) if channels == 3 else pixels
     if channels not in (1, 3):
@@ -278,15 +286,16 @@ class LoadWholeImage(BaseTransform):
     def __init__(self, color_type='color', backend_args=None):
         self.color_type = check_color_type(color_type)
         self.backend_args = backend_args
+        self.channels = None    # of the network, where a tool knows it
 
     def transform(self, results):
         """Load ``results['img_path']``."""
         path, img = results.get('img_path'), results.get('img')
         if img is None:
-            img = read_image(path, self.color_type)
+            img = read_image(path, self.color_type, self.channels)
         else:
             img = img[..., ::-1] if img.shape[2:] == (3,) else img
-            img = convert_pixels(img, path or 'An image', self.color_type)
+            img = convert_pixels(img, path or 'An image', self.color_type, self.channels)
         results['img'] = img
         results['img_shape'] = results['ori_shape'] = img.shape[:2]
         return results

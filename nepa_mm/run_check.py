@@ -144,7 +144,7 @@ class RunCheckHook(Hook):
         meta = checkpoint.get('meta') or {}
         new = [name for name, tensor in own.items() if not name.startswith('backbone.')
                and (name not in loaded or loaded[name].shape != tensor.shape)]
-        if runner._resume:
+        if runner._resume and training(runner):     # tests of OpenMMLab's tools resume, too
             self._check_experiment(runner, meta, source)
         else:
             check_network(below(own, 'backbone.'), below(loaded, 'backbone.'), source)
@@ -216,7 +216,7 @@ class RunCheckHook(Hook):
 
     def before_val(self, runner):
         """Check a validation that is no part of a training."""
-        if runner._train_loop is None or isinstance(runner._train_loop, dict):
+        if not training(runner):
             self._check_evaluation(runner, runner.val_loop, 'val_dataloader')
 
     def before_test(self, runner):
@@ -277,6 +277,11 @@ class RunCheckHook(Hook):
 
     def _warn(self, sentence):
         print_log(sentence, logger='current', level=logging.WARNING)
+
+
+def training(runner):
+    """Whether a run trains; otherwise its loop is not built."""
+    return runner._train_loop is not None and not isinstance(runner._train_loop, dict)
 
 
 # ---------------------------------------------------------------------- time

@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import RUNNERS
+from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import distributed
 
@@ -23,7 +23,7 @@ from .cfg_options import merge_options
 from .checkpoint import find_whole_checkpoint
 from .errors import one_sentence_errors, part
 from .hooks.probe import kept_random_state
-from .pipelines import read_whole
+from .pipelines import use_one_reader
 from .reading import IMAGE_SUFFIXES, UnreadableImageError
 from .run_check import RunCheckHook, check_batches, check_length
 
@@ -231,28 +231,24 @@ def start_runner(cfg, start, stage):
     check_complete(cfg, stage)
     start.before_writing(cfg)
     if cfg.get('default_scope') == 'mmseg':
-        from .segmentation_data import check_masks, check_not_empty
+        from .segmentation_data import check_not_empty
+        init_default_scope('mmseg')     # in which nepa_mm:: looks for names
         check_not_empty(cfg, *(['test_dataloader'] if stage == 'test' else LOADERS[:2]))
-    else:
-        def check_masks(*args):
-            """Only segmentors have masks."""
     with part('config'):
         runner = build_runner(cfg)
     runner.register_hook(start)
     run_check, = [hook for hook in runner.hooks if isinstance(hook, RunCheckHook)]
     if stage == 'test':
         with part('test_dataloader'):
-            check_masks(runner, runner.test_loop.dataloader.dataset, 'test_dataloader',
-                        runner.test_loop.evaluator.metrics)
-            check_pipeline(runner, runner.test_dataloader.dataset)
+            look_at(runner, 'test_dataloader', runner.test_loop.dataloader.dataset,
+                    runner.test_loop.evaluator.metrics)
         return runner
     # the loader first, for workers of an iteration-based loop begin with the loop
     with part('train_dataloader'):
         loader = runner._train_dataloader = runner.build_dataloader(
             runner._train_dataloader, seed=runner.seed,
             diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False))
-        check_masks(runner, loader.dataset, 'train_dataloader')
-        check_pipeline(runner, loader.dataset)
+        look_at(runner, 'train_dataloader', loader.dataset)
     check_batches(runner, loader)
     run_check.check_training_data(runner, loader.dataset)
     with part('train_cfg'):
@@ -264,10 +260,26 @@ def start_runner(cfg, start, stage):
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     with part('val_dataloader'):
         if runner.val_loop is not None:
-            check_pipeline(runner, runner.val_dataloader.dataset)
-            check_masks(runner, runner.val_dataloader.dataset, 'val_dataloader',
-                        runner.val_loop.evaluator.metrics)
+            look_at(runner, 'val_dataloader', runner.val_dataloader.dataset,
+                    runner.val_loop.evaluator.metrics)
     return runner
+
+
+def look_at(runner, name, dataset, metrics=()):
+    """Let our reader read a data set, look at masks, and make a sample, which tries its steps.
+
+    Args:
+        runner (Runner): Built, not started.
+        name (str): Name of the dataloader.
+        dataset (Dataset): Its data set; no worker has it yet.
+        metrics (list[BaseMetric]): Of its evaluator. Defaults to none.
+    """
+    use_one_reader(dataset, runner.model)
+    if runner.cfg.get('default_scope') == 'mmseg':
+        from .segmentation_data import check_masks
+        check_masks(runner, dataset, name, metrics)
+    with kept_random_state(), suppress(UnreadableImageError, IndexError):
+        dataset[0]
 
 
 def check_complete(cfg, stage):
@@ -290,14 +302,6 @@ def check_complete(cfg, stage):
     for name in LOADERS:
         if cfg.get(name) and not isinstance(cfg[name].get('dataset'), dict):
             raise ValueError(f'{name}.dataset must be a dict, got {cfg[name].get("dataset")!r}.')
-
-
-def check_pipeline(runner, dataset):
-    """Make one sample, which shows whether the steps of the pipeline go together."""
-    if read_whole(dataset):
-        runner.logger.info('Replaced: LoadImageFromFile by LoadWholeImage.')
-    with kept_random_state(), suppress(UnreadableImageError, IndexError):
-        dataset[0]
 
 
 def keep_freed_memory():

@@ -83,7 +83,7 @@ def check_segmentation_data(dataset, num_classes, ignore_index=255, name='data s
             continue
         look = LoadCheckedMask.like(loader, num_classes, ignore_index)
         upright = reads_upright(steps)
-        num = len(part)
+        num, first = len(part), len(read)
         for index in np.linspace(0, num - 1, min(num, sample)).round().astype(int):
             info = part.get_data_info(int(index))
             if upright is not None:
@@ -91,6 +91,13 @@ def check_segmentation_data(dataset, num_classes, ignore_index=255, name='data s
             values, labels = look.read(info)
             seen.update(values_of(labels[labels != ignore_index]).tolist())
             read.append((info, values))
+        looked_at = [(info, values.tolist()) for info, values in read[first:]]
+        loader.no_void = look.no_void = (
+            look.num_classes == 2 and not part.reduce_zero_label
+            and not any(1 in values and 255 in values for _, values in looked_at))
+        for info, values in looked_at if len(seen) > 1 else ():
+            if values == [0, 255]:
+                look.read(info)     # refuses it, unless 255 was seen beside both classes
     if read:
         check_sample(look, read, seen, name)
         warnings += unseen(look, read, seen, names, name)

@@ -77,7 +77,8 @@ def test_whole_way(channels, color_type, capsys):
         dict(type='PackInputs')]
     cfg.dump(config)
     run_train([config, '--work-dir', 'tuned'])
-    metrics = run_test([config, 'tuned/epoch_1.pth'])
+    metrics = run_test([config, 'tuned/epoch_1.pth', '--show-dir', 'shown'])
+    assert len(list(Path('shown').glob('*.png'))) == 8
     assert set(metrics) == {'accuracy/top1', 'accuracy/top5'}
     assert set(knn([config, 'tuned/epoch_1.pth', '-k', '1'])) == {'top1', 'top5'}
     predict([image, '--model', config, '--checkpoint', 'tuned/epoch_1.pth'])
@@ -169,6 +170,30 @@ def test_before_the_first_step(change, words, capsys):
     cfg.merge_from_dict(change)
     cfg.dump(config)
     assert words in refusal(run_train, [config, '--work-dir', 'work'], capsys)
+    assert not Path('work').exists()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('array, words', [
+    (np.zeros((28, 28, 5), np.uint8), 'has 5 channels, but the network in_channels=4.'),
+    (np.zeros((4, 28, 28), np.uint8), 'has 28 channels, but the network in_channels=4.'),
+    (np.zeros((28, 28), np.uint8), 'A batch needs images of one shape, but the pipeline makes'),
+    (np.full((28, 28, 4), np.nan), 'has pixels that are no numbers (nan or infinite).')])
+def test_odd_file_among_many(array, words, workers, capsys):
+    config, _ = save_classifier()
+    fit_to(config, 4, 'unchanged')
+    np.save('data/val/e/6.npy', array)
+    sentence = refusal(run_train, [config, '--work-dir', 'work', '--cfg-options',
+                                   f'train_dataloader.num_workers={workers}'], capsys)
+    assert words in sentence and 'data/val/e/6.npy' in sentence
+
+
+@pytest.mark.parametrize('size', [20, 7])
+def test_no_whole_number_of_patches(size, capsys):
+    sentence = refusal(run_train, [save_pretraining(), '--work-dir', 'work', '--cfg-options',
+                                   f'train_dataloader.dataset.pipeline.1.scale=({size},{size})'],
+                       capsys)
+    assert f'The image of {size}x{size} pixels is' in sentence
     assert not Path('work').exists()
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from nepa_mm.checkpoint import read_checkpoint
 from nepa_mm.convert_input import input_of, pipeline_of, preprocessor_config
+from nepa_mm.datasets import write_digit_scenes
 
 from .conftest import REPO
 from .tiny_runs import load_tool, run_test, run_train, save_image
@@ -80,6 +81,28 @@ def test_mmseg_takes_our_segmentors():
                      f'cfg = Config.fromfile({str(config)!r}); cfg.dump("d.py"); '
                      'assert Config.fromfile("d.py")._cfg_dict == cfg._cfg_dict; print("read")')
         assert 'read' in out
+
+
+@pytest.mark.skipif(not find_spec('mmseg'), reason='needs mmseg')
+def test_tools_with_an_inherited_segmentor():
+    write_digit_scenes('scenes', 4, 2)
+    part = "dataset=dict(data_root='scenes')"
+    Path('a.py').write_text(FROM.format('demo/digits_upernet.py') + f"""
+model = dict(backbone=dict(init_cfg=None))
+train_dataloader = dict(batch_size=2, num_workers=2, {part})
+val_dataloader = dict({part})
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=2, val_interval=2)
+param_scheduler = [dict(type='ConstantLR', factor=1., by_epoch=False)]
+default_hooks = dict(checkpoint=dict(interval=2))
+""")
+    assert run_train(['a.py', '--work-dir', 'run']).iter == 2
+    metrics = run_test(['a.py', 'run/iter_2.pth', '--show-dir', 'shown'])
+    assert len(list(Path('shown').rglob('*.png'))) == 2
+    tools = Path(find_spec('mmseg').origin).parent / '.mim' / 'tools'
+    assert f'mIoU: {metrics["mIoU"]:.4f}' in python(tools / 'test.py', 'a.py', 'run/iter_2.pth')
+    load_tool('predict').main(['scenes/images/validation/00000.jpg', '--model', 'a.py',
+                               '--checkpoint', 'run/iter_2.pth'])
 
 
 @pytest.mark.parametrize('file', sorted((REPO / 'configs').glob('[!_]*/*.py')),

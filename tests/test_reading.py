@@ -266,3 +266,43 @@ def test_grey_data_sets_in_colour():
     load = TRANSFORMS.build(dict(type='LoadWholeImage'))
     np.testing.assert_array_equal(load(dict(img=RGB[..., 0]))['img'], GREY)
     np.testing.assert_array_equal(load(dict(img=RGB))['img'], RGB)
+
+
+@pytest.mark.parametrize('kind', SOME[:-1])
+def test_pictures_of_a_test(kind):
+    """Every image, though two have one name; in its colours, and as the network saw it."""
+    config, weights = save_classifier()
+    for path in list(Path('data/val').rglob('*.jpg')):
+        path.unlink()
+    for folder in 'abcde':
+        _, expected = write(kind, f'data/val/{folder}')
+    run_test([config, weights, '--show-dir', 'shown', '--cfg-options',
+              'default_hooks.visualization.draw_gt=False',
+              'default_hooks.visualization.draw_pred=False'])
+    pictures = sorted(Path('shown').glob('*.png'))
+    assert [picture.stem for picture in pictures] == [
+        *(f'{folder}_image' for folder in 'bcde'), 'image']
+    for picture in pictures:
+        assert np.array_equal(np.asarray(Image.open(picture).convert('RGB')), expected)
+
+
+@pytest.mark.parametrize('save', [save_classifier, save_segmentor])
+def test_predicted_pictures_are_as_many(save):
+    """Of one name, and of one pixel; and none if an image is no image."""
+    config, weights = save()
+    cfg = Config.fromfile(config)
+    if save is save_segmentor:
+        cfg.model.decode_head.norm_cfg.type = 'BN'
+    cfg.dump(config)
+    images = ['a/x.png', 'b/x.png', 'a/x.tif']
+    for path in images:
+        Path(path).parent.mkdir(exist_ok=True)
+        Image.fromarray(RGB[:1, :1] if path == 'b/x.png' else RGB).save(path)
+    flags = ['--model', config, '--checkpoint', weights]
+    predict([*images, *flags])
+    assert sorted(path.name for path in Path('predictions').glob('*.png')) == [
+        'a_x.png', 'b_x.png', 'x.png']
+    Path('torn.png').write_bytes(b'text')
+    with pytest.raises(SystemExit):
+        predict([*images, 'torn.png', *flags, '--out-dir', 'none'])
+    assert not Path('none').exists()

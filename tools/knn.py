@@ -19,7 +19,7 @@ from nepa_mm.channels import check_channels
 from nepa_mm.checkpoint import add_weights_argument, load_all
 from nepa_mm.classes import align, left_out
 from nepa_mm.knn import FEATURES, knn_accuracy
-from nepa_mm.pipelines import read_whole
+from nepa_mm.pipelines import use_one_reader
 
 READS = ('model', 'train_dataloader', 'test_dataloader', 'default_scope', 'custom_imports')
 UNREAD = {
@@ -73,7 +73,7 @@ def main(argv=None):
                          for name in ('train_dataloader', 'test_dataloader'))
         args.k = min(args.k, len(bank.dataset))
         for loader in (bank, queries):
-            read_whole(loader.dataset)
+            use_one_reader(loader.dataset, model)
         for sentence in [*align(queries.dataset, 'test_dataloader', bank.dataset,
                                 'train_dataloader'),
                          *left_out(bank.dataset, 'train_dataloader'),

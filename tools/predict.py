@@ -11,12 +11,14 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from mmengine.config import Config
+from mmengine.registry import DATASETS
 from mmpretrain import ImageClassificationInferencer
 from mmpretrain.apis.model import ModelHub
 
 from nepa_mm import runtime
 from nepa_mm.channels import check_channels, color_type
 from nepa_mm.checkpoint import add_weights_argument, load_all, locate
+from nepa_mm.pictures import page_names
 from nepa_mm.reading import read_image, to_picture
 
 
@@ -56,7 +58,7 @@ def read_model(args):
 
 
 def classify(infer, args, source):
-    for image in args.images:
+    for image, page in zip(args.images, page_names(args.images, args.out_dir)):
         pixels = read_image(image, infer.color_type)
         result, = infer(pixels)
         scores = result['pred_scores']
@@ -73,8 +75,7 @@ def classify(infer, args, source):
         right.invert_yaxis()
         right.set_xlim(0, 1.15)
         right.set_xlabel('probability')
-        fig.savefig(Path(args.out_dir) / f'{Path(image).stem}.png',
-                    metadata=dict(Source=source))
+        fig.savefig(page, metadata=dict(Source=source))
         plt.close(fig)
 
 
@@ -93,12 +94,20 @@ def build(cfg, weights, device, which=None):
     if names and len(names) != max(num_classes, 2):
         raise ValueError(f'{weights} names {len(names)} classes, but the head of the config has '
                          f'{num_classes} outputs.')
-    if is_segmentation(cfg):    # mmseg would take the names and colours of Cityscapes
-        names = names or [f'class {i}' for i in range(max(num_classes, 2))]
-        colours = (255 * plt.get_cmap('tab20')(np.arange(len(names)) % 20)[:, :3]).astype(int)
-        model.dataset_meta = dict(
-            classes=names, palette=named.get('palette') or colours.tolist())
+    if is_segmentation(cfg) and not named:      # mmseg takes Cityscapes'
+        model.dataset_meta = names_of(cfg)
     return infer, which
+
+
+def names_of(cfg):
+    """Classes and palette of the config's data set, or else numbers and random colours."""
+    data = next((node for node in runtime.dicts(cfg.test_dataloader.dataset)
+                 if node.get('type') and 'pipeline' in node), {})
+    known = getattr(DATASETS.get(data.get('type', '')), 'METAINFO', {}) | data.get('metainfo', {})
+    num_classes = max(cfg.model.decode_head.num_classes, 2)
+    names = known.get('classes') or list(map(str, range(num_classes)))
+    colours = np.random.default_rng(0).integers(0, 256, (num_classes, 3)).tolist()
+    return dict(classes=names, palette=known.get('palette') or colours)
 
 
 def segmenter():
@@ -115,8 +124,8 @@ def segmenter():
             self.visualizer.alpha = 0.8
             for image, pred in zip(inputs, preds):
                 self.visualizer.add_datasample(
-                    Path(image).name, to_picture(read_image(image, self.color_type)), pred,
-                    draw_gt=False, out_file=str(Path(img_out_dir) / f'{Path(image).stem}.png'))
+                    Path(image).name, to_picture(read_image(image, self.color_type)), pred.numpy(),
+                    draw_gt=False, out_file=str(next(self.pages)))
 
     return Segmenter
 
@@ -134,8 +143,11 @@ def main(argv=None):
                 raise FileNotFoundError(f'There is no image {image}.')
         cfg, weights = read_model(args)
         infer, which = build(cfg, weights, args.device, args.weights)
+        for image in args.images:       # before the first picture
+            read_image(image, infer.color_type)
         Path(args.out_dir).mkdir(parents=True, exist_ok=True)
         if is_segmentation(cfg):
+            infer.pages = page_names(args.images, args.out_dir)
             infer(args.images, out_dir=args.out_dir, img_out_dir='', pred_out_dir='labels')
         else:
             classify(infer, args, f'{which} weights of {weights}')

@@ -13,13 +13,12 @@ from copy import deepcopy
 import mmengine
 from mmengine.evaluator import DumpResults
 from mmengine.hooks import EMAHook
-from mmengine.registry import HOOKS
-from mmpretrain.engine import VisualizationHook
 
 from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
 from nepa_mm.cfg_options import add_cfg_options
-from nepa_mm.channels import check_channels
+from nepa_mm.channels import check_channels, color_type
 from nepa_mm.checkpoint import add_weights_argument, load_all, locate
+from nepa_mm.pictures import SeenImageHook, segmentation_hook
 from nepa_mm.run_check import RunCheckHook
 
 
@@ -53,15 +52,6 @@ def parse_args(argv=None):
     return args
 
 
-@HOOKS.register_module(force=True)
-class FirstViewHook(VisualizationHook):
-    """mmpretrain's hook, which knows nothing of several views of an image: it gets the first."""
-
-    def after_test_iter(self, runner, batch_idx, data_batch, outputs):
-        first = dict(data_batch, inputs=data_batch['inputs'][0])
-        super().after_test_iter(runner, batch_idx, first, outputs)
-
-
 def unread(args):
     """Settings of a config that are not looked at, and why."""
     keys = dict(load_from='CHECKPOINT names the weights', resume='nothing is trained')
@@ -83,26 +73,24 @@ def merge_args(cfg, args):
     runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
     cfg.load_from, cfg.resume = locate(args.checkpoint, args.weights), False
     if args.show_dir:
-        show_predictions(cfg, args.show_dir, args.tta)
+        show_predictions(cfg, args.show_dir)
     if args.tta:
         augment(cfg)
     if args.out and args.out_item == 'pred' and is_segmentation(cfg):
         cfg.test_evaluator.output_dir = args.out
 
 
-def show_predictions(cfg, show_dir, tta):
+def show_predictions(cfg, show_dir):
     """Let the visualization hook draw every test image into ``show_dir``."""
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if not hook:
         raise ValueError('--show-dir needs default_hooks.visualization, which the config lacks.')
     if is_segmentation(cfg):
-        hook.update(draw=True, interval=1)
-        cfg.visualizer.save_dir = show_dir
+        kind = segmentation_hook(color_type(cfg, 'test_dataloader'), show_dir)
+        hook.update(type=kind, draw=True, interval=1)
     else:
-        hook.update(enable=True, out_dir=show_dir)
+        hook.update(type=SeenImageHook.__name__, enable=True, out_dir=show_dir)
         hook.setdefault('interval', 1)
-        if tta:
-            hook.type = FirstViewHook.__name__
 
 
 def augment(cfg):

@@ -24,6 +24,7 @@ from nepa_mm.backbone import NEPAViT
 from nepa_mm.cfg_options import add_cfg_options
 from nepa_mm.channels import check_channels, color_type, preprocessing
 from nepa_mm.checkpoint import add_weights_argument, load_all
+from nepa_mm.pictures import page_names
 from nepa_mm.reading import read_image, to_picture
 from nepa_mm.visualization import draw_page, draw_sheet, inspect_image
 
@@ -157,19 +158,6 @@ def in_words(indices, num, noun):
     if len(indices) < 3 or indices != list(range(indices[0], indices[-1] + 1)):
         spans = ', '.join(map(str, indices))
     return f'{noun}{"s" * (len(indices) > 1)} {spans} of {num}'
-
-
-def page_names(images, out_dir):
-    """A file for each image, none of them twice and none of them an image."""
-    taken = {Path(image).resolve() for image in images}
-    for image in images:
-        stem = Path(image).stem[:60]    # file names are limited to 255 bytes
-        path, n = Path(out_dir) / f'{stem}.png', 1
-        while path.resolve() in taken:
-            n += 1
-            path = path.with_name(f'{stem}_{n}.png')
-        taken.add(path.resolve())
-        yield path
 
 
 def main(argv=None):

@@ -13,6 +13,7 @@ from mmengine.registry import HOOKS
 from ..classes import align
 from ..fsdp import is_sharded
 from ..knn import extract_features, knn_scores
+from ..pipelines import use_one_reader
 
 
 @contextmanager
@@ -126,6 +127,8 @@ class OnlineProbeHook(Hook):
                          collate_fn=dict(type='default_collate')) | loader
                     | dict(drop_last=False), runner.seed)
                 for loader in (self.bank, self.queries))
+        for loader in (self.bank, self.queries):
+            use_one_reader(loader.dataset, runner.model)
         for sentence in align(self.queries.dataset, 'query_dataloader', self.bank.dataset,
                               'bank_dataloader'):
             runner.logger.warning(sentence)
