@@ -165,12 +165,12 @@ def test_each_mask_is_looked_at_as_it_is_read(workers, capsys):
     name = f'{next(i for i in range(60, 130) if i not in looked_at):03d}'
     values = [f'{loader}_dataloader.{key}' for loader in ('train', 'test')
               for key in ('batch_size=65', f'num_workers={workers}')]
-    for number, (spoil, sentence) in enumerate((
+    for spoil, sentence in (
             (lambda: save_mask(LABEL * 9, name), rf'labels/{name}\.png holds the values 0 and 9'),
             (lambda: save_mask(LABEL * 255, name), rf'{name}\.png holds the values 0 and 255, '),
             (lambda: save_mask(LABEL.T, name), rf'labels/{name}\.png has 32 x 28'),
             (lambda: (save_mask(LABEL, name), tear_image(name)),
-             rf'images/{name}\.jpg cannot be read'))):
+             rf'images/{name}\.jpg cannot be read')):
         spoil()
         for tool in (train, evaluate):
             with pytest.raises((SystemExit, DataError)) as error:

@@ -106,8 +106,10 @@ def names_of(cfg):
     known = getattr(DATASETS.get(data.get('type', '')), 'METAINFO', {}) | data.get('metainfo', {})
     num_classes = max(cfg.model.decode_head.num_classes, 2)
     names = known.get('classes') or list(map(str, range(num_classes)))
-    colours = np.random.default_rng(0).integers(0, 256, (num_classes, 3)).tolist()
-    return dict(classes=names, palette=known.get('palette') or colours)
+    palette = known.get('palette') or ()
+    if len(palette) != len(names):
+        palette = np.random.default_rng(0).integers(0, 256, (len(names), 3)).tolist()
+    return dict(classes=names, palette=palette)
 
 
 def segmenter():
