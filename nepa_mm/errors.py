@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def one_sentence_errors():
             start.undo()
         if not known or os.environ.get(TRACEBACK):
             raise
+        if int(os.environ.get('RANK', 0)):
+            time.sleep(5)       # the launcher ends this process if the first one says the same
         print(f'error: {reason(error)}{"" if usual else HINT}', file=sys.stderr)
         raise SystemExit(2) from error
     finally:

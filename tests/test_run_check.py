@@ -230,6 +230,15 @@ def test_numbers_against_names(folder):
                'val_dataloader (ant, bee)' in line for line in warnings(runner)) == 1
 
 
+def test_two_processes_say_it_once(folder):
+    classes(train=dict(ant=2, bee=2, cat=2), val=dict(bee=2, dog=2))
+    before = sorted(Path().rglob('*')) + [Path(save_config())]
+    code, output = run_script('dist_train.sh', 'run.py', 2, cwd=folder)
+    assert code == 2 and output.count('error: ') == 1 and 'has the class dog' in output
+    assert 'Traceback' not in output and 'exitcode' not in output
+    assert sorted(Path().rglob('*')) == sorted(before)
+
+
 # ---------------------------------------------------------------- nothing vanishes
 
 

@@ -2,6 +2,7 @@
 
     python tools/launch.py GPUS SCRIPT [arguments of the script]
 """
+import logging
 import os
 import socket
 import sys
@@ -19,6 +20,10 @@ def free_port():
 def main(gpus, *command):
     env = os.environ
     nodes = env.get('NNODES', '1')
+    # what a process that failed has said, or the last line below, says it better
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith('torch.distributed.elastic'):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     threads = max(1, len(os.sched_getaffinity(0)) // int(gpus))
     env.setdefault('OMP_NUM_THREADS', str(threads))
     env.setdefault('MKL_NUM_THREADS', env['OMP_NUM_THREADS'])
