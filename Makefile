@@ -8,11 +8,13 @@
 #                   VENV .venv-oldest
 # make test-pythons a smaller part on each of PYTHONS, in .venv-python3.10 and so on
 # make lint         check the style
+# JOBS test files run at a time.
 # Each first installs what it needs into VENV, once; PYTHON makes VENV when there is none.
 VENV ?= .venv
 PYTHON ?= python3
 EXTRAS ?= mm,test,export
 PINS ?=
+JOBS ?= 2
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 OLDEST = parity augment recipes classification segmentation tools stack
 CLASSIC = parity nepa optim ema checkpoint reliability guard classification segmentation stack
@@ -27,7 +29,7 @@ ablations: $(INSTALLED)
 	$(PY) tools/ablations.py
 
 test: $(INSTALLED)
-	$(PY) -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 test-classic:
 	$(MAKE) test VENV=.venv-classic EXTRAS=openmmlab,test TESTS='$(CLASSIC:%=tests/test_%.py)'

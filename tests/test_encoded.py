@@ -18,7 +18,7 @@ from nepa_mm.reading import UnreadableImageError
 from .conftest import REPO
 from .faults.files import mutate
 from .test_unreadable import ODD, save_text, save_truncated
-from .tiny_runs import NORMALIZE, options, run_train, save_image, save_pretraining
+from .tiny_runs import NORMALIZE, options, refused, run_train, save_image, save_pretraining
 
 CROP = dict(scale=28, interpolation='bicubic')
 PIXELS = [dict(type='LoadRandomResizedCrop', **CROP), dict(type='RandomFlip', prob=0.5),
@@ -215,7 +215,7 @@ def test_training(config):
 
 def test_files_of_a_loss_that_is_not_finite(config):
     bad = options('model.data_preprocessor.std=[0,0,0]', 'model.data_preprocessor.mean=[0,0,0]')
-    with pytest.raises(FloatingPointError, match=r'rank 0: .*n0/\d\d.JPEG, .*n0/\d\d.JPEG'):
+    with refused(r'rank 0: .*n0/\d\d.JPEG, .*n0/\d\d.JPEG'):
         run_train(['bytes.py', *bad])
 
 

@@ -229,8 +229,8 @@ def test_sheets_and_names(pretrained, figures):
     for _ in range(2):      # pages of an earlier run are replaced
         tool.main([*pretrained[:2], *inputs, '--grid', '--out-dir', '.'])
     assert sorted(path.name for path in Path().glob('*.png')) == [
-        'grid.png', 'grid_2.png', 'grid_3.png', 'photo.png', 'photo_2.png', 'photo_3.png',
-        'photo_4.png']
+        'grid.png', 'grid_2.png', 'grid_3.png', 'other_photo.png', 'photo.png', 'photo_2.png',
+        'photo_3.png']
     assert [Path(path).read_bytes() for path in inputs] == before
     attention = [axis for axis in figures[4].axes if axis.images][1::6]
     assert len({axis.images[0].norm.vmax for axis in attention}) == 1

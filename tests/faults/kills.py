@@ -45,7 +45,8 @@ def save_config():
     cfg = Config.fromfile(save_pretraining())
     cfg.default_hooks.update(
         checkpoint=dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=2),
-        resume=dict(type='ExactResumeHook'))
+        resume=dict(type='ExactResumeHook'),
+        run_check=dict(type='RunCheckHook', odd='warn'))    # of its schedule half is run
     cfg.custom_hooks = [dict(type='ModelEMAHook', momentum=0.1), dict(type='ProgressHook')]
     cfg.randomness = dict(seed=1, diff_rank_seed=True)
     cfg.model.backbone.update(rope_rescale=2., drop_path_rate=0.3)
