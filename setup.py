@@ -31,6 +31,6 @@ setup(
                    'ftfy', 'regex'],        # mmsegmentation imports them and asks for neither
         export=['onnx', 'onnxruntime', 'onnxscript'],
         parquet=['pyarrow'],
-        test=['matplotlib', 'pyarrow', 'pytest', 'pytest-xdist', 'ruff', 'scikit-learn', 'setuptools>=77',
-              'tensorboard']),
+        test=['matplotlib', 'pyarrow', 'pytest', 'pytest-xdist', 'ruff', 'scikit-learn',
+              'setuptools>=77', 'tensorboard']),
 )
