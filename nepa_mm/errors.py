@@ -48,11 +48,11 @@ class Start(Hook):
                 shutil.rmtree(folder, ignore_errors=True)
         if self.copy is not None:
             self.config.write_bytes(self.copy)
-        elif self.config.is_file():
-            self.config.unlink()
-        made = set(work_dir.iterdir()) - self.old if work_dir.is_dir() else set()
-        for folder in (*made, *self.new_folders):
-            if folder.is_dir() and not any(folder.iterdir()):
+        else:
+            with suppress(OSError):     # not there yet
+                self.config.unlink()
+        for folder in (*set(work_dir.glob('*/')) - self.old, *self.new_folders):
+            with suppress(OSError):     # it holds something, or another process was faster
                 folder.rmdir()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
