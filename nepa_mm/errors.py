@@ -84,7 +84,7 @@ def one_sentence_errors():
         if not known or os.environ.get(TRACEBACK):
             raise
         if int(os.environ.get('RANK', 0)):
-            time.sleep(5)       # the launcher ends this process if the first one says the same
+            time.sleep(10)      # the launcher ends this process if the first one says the same
         print(f'error: {reason(error)}{"" if usual else HINT}', file=sys.stderr)
         raise SystemExit(2) from error
     finally:
