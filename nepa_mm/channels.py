@@ -1,7 +1,7 @@
 """How many channels the images of a config have, and whether its network takes them."""
 from .backbone import NEPAViT
+from .config_keys import dicts
 from .reading import check_color_type
-from .runtime import dicts
 
 LOADERS = ('LoadWholeImage', 'LoadImageFromFile', 'LoadRandomResizedCrop', 'PackEncodedCrop')
 CHANNELS = dict(color=3, grayscale=1)       # of a color_type

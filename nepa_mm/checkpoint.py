@@ -14,7 +14,6 @@ from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .convert import adapt_input_conv as adapt_kernel
 from .convert import from_published
 from .convert_config import recorded_model
 from .hub import download
@@ -303,7 +302,7 @@ def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='c
         weights (str, optional): See :func:`select_weights`. Defaults to None.
         map_location (str): Device of the tensors. Defaults to 'cpu'.
         adapt_input_conv (bool): Whether a patch embedding of another number of channels is
-            adapted, see :func:`nepa_mm.convert.adapt_input_conv`. Defaults to False: it is
+            adapted, by timm's function of that name. Defaults to False: it is
             refused.
 
     Returns:
@@ -351,13 +350,24 @@ def below(state_dict, prefix):
 
 
 def adapted(own, found, name):
-    """The tensors of a checkpoint, with a patch embedding for the channels of the network."""
+    """The tensors of a checkpoint, with a patch embedding for the channels of the network.
+
+    By timm's rule the kernels of three channels are summed for one: a grey image gives what its
+    three equal channels gave. For more they are repeated in order, cut off and scaled.
+
+    Raises:
+        ValueError: The weights are for other than three channels.
+    """
+    from timm.models import adapt_input_conv  # which takes a second to import
     found = dict(found)
     for key in own.keys() & found.keys():
         if differs_in_channels(key, own, found):
             print_log(f'{key} of {name} is adapted from {found[key].shape[1]} to '
                       f'{own[key].shape[1]} channels.', logger='current')
-            found[key] = adapt_kernel(found[key], own[key].shape[1])
+            if found[key].shape[1] != 3:
+                raise ValueError(f'{name} has weights for {found[key].shape[1]} channels; '
+                                 'adapt_input_conv adapts those for 3.')
+            found[key] = adapt_input_conv(own[key].shape[1], found[key])
     return found
 
 
@@ -388,8 +398,7 @@ def check_network(own, found, name):
         if own[key].shape != found[key].shape:
             hint = 'is it another architecture, patch size or class count?'
             if differs_in_channels(key, own, found):
-                hint = (f'adapt_input_conv=True in init_cfg makes {own[key].shape[1]} channels of '
-                        f'{found[key].shape[1]}.')
+                hint = 'adapt_input_conv=True in init_cfg adapts weights for 3 channels.'
             raise ValueError(f'{name} does not fit: {key} has shape {tuple(found[key].shape)}, '
                              f'but {tuple(own[key].shape)} is needed; {hint}')
 

@@ -100,6 +100,17 @@ def paths(node, path=()):
             yield from paths(child, (*path, str(name)))
 
 
+def dicts(node):
+    """Every dict in a nested config, outermost first."""
+    if isinstance(node, dict):
+        yield node
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return
+    for child in node:
+        yield from dicts(child)
+
+
 def kind(cfg, path):
     """The ``type`` of a dict of the config, which may be one that its reader assumes."""
     node = at(cfg, path)

@@ -178,24 +178,3 @@ def fold_layer_scale(state_dict):
         out[f'{layer}.weight'] = (gamma[:, None] * weight.double()).to(weight.dtype)
         out[f'{layer}.bias'] = (gamma * bias.double()).to(bias.dtype)
     return out
-
-
-def adapt_input_conv(weight, in_channels):
-    """Weights of the patch embedding for another number of channels, by timm's rule of that name.
-
-    For one channel the kernels are summed: a grey image gives what its three equal channels gave.
-    For more they are repeated in order, cut off, and scaled by old / new: a grey image in
-    equal channels gives the same, if new is a multiple of old.
-
-    Args:
-        weight (Tensor): (D, C, patch height, patch width).
-        in_channels (int): The new C.
-
-    Returns:
-        Tensor: Of the same type.
-    """
-    old = weight.shape[1]
-    if in_channels == 1:
-        return weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
-    repeated = weight.float().repeat(1, -(-in_channels // old), 1, 1)[:, :in_channels]
-    return (repeated * (old / in_channels)).to(weight.dtype)

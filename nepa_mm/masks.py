@@ -14,9 +14,9 @@ from mmengine.registry import METRICS, TRANSFORMS
 
 from . import stack
 from .classes import leaves
+from .config_keys import dicts
 from .pipelines import slots
 from .reading import DataError
-from .runtime import dicts
 
 stack.require('mmseg')
 

@@ -21,6 +21,7 @@ from torch import distributed
 from .annotations import check_annotations
 from .cfg_options import merge_options
 from .checkpoint import find_whole_checkpoint
+from .config_keys import dicts
 from .errors import one_sentence_errors, part
 from .hooks.probe import kept_random_state
 from .pipelines import use_one_reader
@@ -437,14 +438,3 @@ def _leave_cpu_group():
     gc.collect()        # a model of several processes holds the group, and cycles hold the model
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def dicts(node):
-    """Every dict in a nested config, outermost first."""
-    if isinstance(node, dict):
-        yield node
-        node = node.values()
-    elif not isinstance(node, (list, tuple)):
-        return
-    for child in node:
-        yield from dicts(child)

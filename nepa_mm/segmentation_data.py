@@ -6,10 +6,10 @@ from mmengine import fileio
 
 from . import stack
 from .classes import leaves
+from .config_keys import dicts
 from .masks import LoadCheckedMask, listing, look_while_reading, rules, values_of
 from .pipelines import slots
 from .reading import IMAGE_SUFFIXES, ORIENTATION, DataError, open_image, read_bytes
-from .runtime import dicts
 
 stack.require('mmseg')
 

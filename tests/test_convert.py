@@ -161,7 +161,7 @@ def test_pickles_and_ema(published, tmp_path):
     ema = {key: (value + 1).bfloat16() for key, value in raw.items()}
     torch.save(ema, folder / 'pytorch_model_ema.bin')
     convert([str(folder), str(tmp_path / 'raw.safetensors')])
-    convert([str(folder), str(tmp_path / 'ema.safetensors'), '--ema'])
+    convert([str(folder), str(tmp_path / 'ema.safetensors'), '--weights', 'ema'])
     for name, expected in dict(raw=raw, ema=ema).items():
         checkpoint = read_checkpoint(tmp_path / f'{name}.safetensors')
         assert_equal(checkpoint['state_dict'], from_published(expected))
@@ -178,7 +178,8 @@ def test_own_checkpoint(tmp_path):
     torch.save(dict(meta=dict(cfg=text), state_dict=ema,
                     ema_state_dict={f'module.{k}': v for k, v in raw.items()}), tmp_path / 'a.pth')
     for name, expected, flag in (
-            ('raw', raw, ['--weights', 'raw']), ('ema', ema, []), ('same', ema, ['--ema'])):
+            ('raw', raw, ['--weights', 'raw']), ('ema', ema, []),
+            ('same', ema, ['--weights', 'ema'])):
         convert([str(tmp_path / 'a.pth'), str(tmp_path / name), '--to', 'hf', *flag])
         assert_equal(load_file(tmp_path / name / 'model.safetensors'), to_published(expected))
     assert json.loads((tmp_path / 'raw' / 'config.json').read_text())['model_type'] == 'vit_nepa'

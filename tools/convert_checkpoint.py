@@ -57,8 +57,6 @@ def parse_args(argv=None):
     parser.add_argument('dst', help='what to write; it must not exist')
     parser.add_argument('--to', choices=['mm', 'hf'], default='mm', help='format of DST')
     add_weights_argument(parser)
-    parser.add_argument('--ema', dest='weights', action='store_const', const='ema',
-                        help=argparse.SUPPRESS)     # the older name of --weights ema
     parser.add_argument('--config', help='config of CHECKPOINT, for --to hf')
     parser.add_argument(
         '--fold-layer-scale', action='store_true',
@@ -119,8 +117,6 @@ def config_text(model, config, src, images=None, labels=None):
     if labels and tuple(labels) != IMAGENET_CATEGORIES:
         for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
             cfg.setdefault(name, dict(dataset={}))['dataset']['metainfo'] = dict(classes=labels)
-    if classifier and classes['num_classes'] < 5:
-        cfg['val_evaluator'] = cfg['test_evaluator'] = dict(topk=(1, classes['num_classes']))
     # mmengine evaluates this line first, and finds nepa_mm:: once it is imported
     base = f"_base_ = [__import__('nepa_mm') and 'nepa_mm::{base}']"
     return f'"""Converted from {src}."""\n{base}\n\n{Config(cfg).pretty_text}'

@@ -164,7 +164,7 @@ def converter(rng, num):
         file = Path('damaged') / name
         values = name == 'config.json' and rng.random() < 0.7
         file.write_bytes(mutate_config(rng, config) if values else mutate(rng, file.read_bytes()))
-        options = ['--ema'] if name == 'pytorch_model_ema.bin' else []
+        options = ['--weights', 'ema'] if name == 'pytorch_model_ema.bin' else []
         source = 'damaged' if to == 'mm' else str(file)
         yield attempt([source, 'damaged/out.safetensors' if to == 'mm' else 'damaged/out',
                        '--to', to, *options], file)
