@@ -255,7 +255,7 @@ class LayerDecayCosineLR(LRSchedulerMixin, _ParamScheduler):
 
     def _factor(self, scale, rate):
         update, warmup = self.last_step // self.accumulative_counts, self.warmup_updates
-        if self.per_layer_warmup:
+        if self.per_layer_warmup and warmup:
             warmup = max(1, warmup - round(warmup * rate ** scale))
         if update < warmup:
             factor = update / warmup

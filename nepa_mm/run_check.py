@@ -26,14 +26,8 @@ from .classes import (
     listed,
     match,
 )
-from .convert_config import recorded_values
+from .experiments import check_state, differences_of_configs, in_words
 
-# Options that change how a model computes, not what, and those that tools fill in.
-SAME_FUNCTION = ('init_cfg', 'with_cp', 'compile_blocks', 'bf16_residual', 'extensions',
-                 'with_label')
-# Parts of two configs that are compared before one goes on from the other's checkpoint.
-COMPARED = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg',
-            'custom_hooks')
 # Schedulers that leave the learning rate at its last value, small as a rule, when they end early.
 FALLING = ('LayerDecayCosineLR', 'CosineAnnealingLR', 'CosineRestartLR', 'PolyLR', 'OneCycleLR')
 
@@ -111,8 +105,8 @@ class RunCheckHook(Hook):
     - Data: images of the folder that are no samples; evaluations that leave out images.
     - Schedule: it ends with the run.
     - EMA: it has time to leave its first weights. Monitors: their interval fits the run.
-    - Weights: ``load_from`` fits the network; what the config resumes by itself is the same
-      experiment.
+    - Weights: ``load_from`` fits the network; what is resumed fits network, average and optimizer,
+      and what the config resumes by itself is the same experiment.
 
     Args:
         odd (str): What becomes of a schedule of another length than the run and of an average
@@ -140,12 +134,12 @@ class RunCheckHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint):
         """Compare weights with the network, and a checkpoint to resume with the config."""
         own, loaded = unwrapped(runner.model).state_dict(), checkpoint.get('state_dict', {})
-        source = runner._load_from
+        source = runner._load_from or runner.work_dir
         meta = checkpoint.get('meta') or {}
         new = [name for name, tensor in own.items() if not name.startswith('backbone.')
                and (name not in loaded or loaded[name].shape != tensor.shape)]
         if runner._resume and training(runner):     # tests of OpenMMLab's tools resume, too
-            self._check_experiment(runner, meta, source)
+            self._check_experiment(runner, checkpoint, source)
         else:
             check_network(below(own, 'backbone.'), below(loaded, 'backbone.'), source)
             warn_of_other_function(unwrapped(runner.model), meta, source)
@@ -161,17 +155,9 @@ class RunCheckHook(Hook):
         """Take the names of the outputs of a head that was loaded from the ``meta`` beside it."""
         self.classes, self.source = (meta.get('dataset_meta') or {}).get('classes'), source
 
-    def _check_experiment(self, runner, meta, source):
-        """Compare the config that a checkpoint records with that of the run which resumes it."""
-        old, new = (recorded_values(text) for text in (
-            str(meta.get('cfg', '')), runner.cfg.pretty_text))
-        found = {}
-        for key in COMPARED if old else ():
-            found |= differences(old.get(key), new.get(key), key)
-        found = {path: pair for path, pair in found.items()
-                 if not set(SAME_FUNCTION) & set(path.split('.'))}
-        other = {path: pair for path, pair in found.items()
-                 if path.startswith(('model.', 'train_dataloader.dataset.'))}
+    def _check_experiment(self, runner, checkpoint, source):
+        """Compare a checkpoint with the run which is to go on from it."""
+        found, other = differences_of_configs(checkpoint['meta'], runner.cfg)
         if other and self.other_experiment == 'error':
             raise ValueError(
                 f'{runner.work_dir} holds a checkpoint of another experiment: {in_words(other)}. '
@@ -179,6 +165,8 @@ class RunCheckHook(Hook):
                 'the same.')
         if found:
             self._warn(f'The config differs from that of {source}: {in_words(found)}.')
+        for sentence in check_state(runner, checkpoint, source):
+            self._warn(sentence)
 
     # ------------------------------------------------------------------ stages
 
@@ -356,29 +344,3 @@ def silent_hooks(runner):
             for hook in runner.hooks
             if type(hook).__name__ in ('NEPAMonitorHook', 'ThroughputHook')
             and hook.interval > runner.max_iters]
-
-
-# ---------------------------------------------------------------------- experiments
-
-
-def differences(old, new, path=''):
-    """Where two nested configs differ: {dotted path: (old value, new value)}."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = {}
-        for key in {**old, **new}:
-            found |= differences(old.get(key), new.get(key), f'{path}.{key}'.lstrip('.'))
-        return found
-    if (isinstance(old, (list, tuple)) and isinstance(new, (list, tuple))
-            and len(old) == len(new)):
-        found = {}
-        for i, pair in enumerate(zip(old, new)):
-            found |= differences(*pair, f'{path}.{i}')
-        return found
-    same = old == new or {str(old), str(new)} <= {'BN', 'SyncBN'}
-    return {} if same else {path: (old, new)}
-
-
-def in_words(found):
-    """The first few of :func:`differences`."""
-    return '; '.join(f'{path} is {str(new)[:60]} and was {str(old)[:60]}'
-                     for path, (old, new) in list(found.items())[:4])

@@ -324,8 +324,8 @@ def scale_lr(cfg, world_size):
     lr becomes lr x (processes x batch_size x accumulative_counts) / base_batch_size. mmengine's
     own rule leaves out accumulation, and scales every parameter group; here only ``optimizer.lr``
     changes, so an absolute ``paramwise_cfg.head_lr`` stays as written (reference code: its
-    ``--head_lr`` does not depend on the batch size). A resumed run keeps the learning rate of its
-    checkpoint.
+    ``--head_lr`` does not depend on the batch size). With ExactResumeHook a resumed run takes that
+    rate, too.
 
     Args:
         cfg (Config): Changed in place; ``auto_scale_lr.enable`` is off afterwards.

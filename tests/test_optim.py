@@ -239,6 +239,14 @@ def test_schedule_equals_the_reference_also_after_a_resume(number, per_layer_war
     assert len(ours) == 1000 and set(ours[0]) == set(range(13))
 
 
+def test_without_a_warmup_the_first_update_has_the_full_rate():
+    for per_layer_warmup in (True, False):
+        wrapper = optim_wrapper(classifier(ARCH))
+        peaks = [group['lr'] for group in wrapper.optimizer.param_groups]
+        build_scheduler(wrapper, warmup_ratio=0, per_layer_warmup=per_layer_warmup)
+        assert [group['lr'] for group in wrapper.optimizer.param_groups] == peaks
+
+
 def test_resuming_a_schedule_of_another_length_warns(log):
     saved = build_scheduler(optim_wrapper(classifier(ARCH))).state_dict()
     scheduler = build_scheduler(optim_wrapper(classifier(ARCH)), end=2000)

@@ -1,4 +1,4 @@
-"""A resumed run draws the random numbers, and sees the samples, of an uninterrupted one."""
+"""A resumed run is the uninterrupted one: its samples, random numbers and learning rates."""
 import random
 from contextlib import contextmanager
 from itertools import islice
@@ -6,11 +6,11 @@ from itertools import islice
 import numpy as np
 import torch
 from mmengine import dist
-from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 
 def derive_seed(*numbers):
@@ -38,100 +38,246 @@ def seeded(seed):
         torch.set_rng_state(states[2])
 
 
-class SeededPipeline(Compose):
-    """A pipeline whose draws depend on (seed, epoch, sample) and on nothing else.
+class SeededSamples:
+    """``__getitems__`` of a data set, by which torch's DataLoader gets a batch.
 
-    So they are the same for any number of workers and processes, and after a resume.
+    What a sample draws depends on (seed, pass over the data, index) and on nothing else. So it is
+    the same for any number of workers and processes, after a resume, and within every wrapper.
 
     Args:
-        transforms (list): Those of the data set.
+        dataset (Dataset): Any with ``__getitem__``.
         seed (int): Seed of the run.
     """
 
-    def __init__(self, transforms, seed):
-        super().__init__(transforms)
-        self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()     # workers read it
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
 
-    def __call__(self, data):
-        """Transform a sample, a dict with ``sample_idx``."""
-        with seeded(derive_seed(self.seed, int(self.epoch), data['sample_idx'])):
-            return super().__call__(data)
+    def __call__(self, places):
+        """The samples of a list of (pass, index), as :class:`Places` yields them."""
+        samples = []
+        for number, index in places:
+            with seeded(derive_seed(self.seed, number, index)):
+                samples.append(self.dataset[index])
+        return samples
 
 
-class Remaining:
-    """A sampler without its first ``num`` indices, of unchanged length."""
+class Places:
+    """The indices of a sampler with the pass over the data to which each belongs.
 
-    def __init__(self, sampler, num):
-        self.sampler, self.num = sampler, num
+    Args:
+        sampler (Sampler): Finite, or mmengine's InfiniteSampler.
+    """
+
+    def __init__(self, sampler):
+        self.sampler, self.epoch = sampler, 0
+        self.skip = 0       # indices of this process to leave out at the next start
+
+    @property
+    def endless(self):
+        """Whether the sampler goes on for ever, in passes of ``size`` samples."""
+        return hasattr(self.sampler, '_indices_of_rank')
+
+    def set_epoch(self, epoch):
+        """Begin another pass with the next start."""
+        self.epoch = epoch
+        if hasattr(self.sampler, 'set_epoch'):
+            self.sampler.set_epoch(epoch)
 
     def __iter__(self):
-        return islice(iter(self.sampler), self.num, None)
+        skip, number, sampler = self.skip, self.epoch, self.sampler
+        self.skip = 0
+        if self.endless:    # from the beginning, whatever was taken before
+            sampler.indices = sampler._indices_of_rank()
+        for i, index in islice(enumerate(sampler), skip, None):
+            if self.endless:
+                number = (i * sampler.world_size + sampler.rank) // sampler.size
+            yield number, index
 
     def __len__(self):
         return len(self.sampler)
 
 
+class Batches:
+    """What an IterBasedTrainLoop takes its batches from; mmengine's would go on elsewhere.
+
+    Starts its workers when the first batch is asked for, so after every hook.
+
+    Args:
+        loader (DataLoader): Its sampler is :class:`Places`, which know where to begin.
+        passes (int): How many passes over the data are done.
+        done (int): How many batches the loop is going to ask for, to get past what was seen.
+    """
+
+    def __init__(self, loader, passes, done):
+        self.loader, self.passes, self.done, self.batches = loader, passes, done, ()
+
+    def skip_iter(self, num_iters):
+        """For mmengine from 0.10.8, which does not ask for them but says how many."""
+        self.done = 0
+
+    def __next__(self):
+        if self.done:
+            self.done -= 1
+            return None
+        batch = next(self.batches, None) if self.batches else None
+        if batch is None:       # the first pass, or the next one of a sampler with an end
+            self.loader.batch_sampler.sampler.set_epoch(self.passes)
+            self.passes += 1
+            self.batches = iter(self.loader)
+            batch = next(self.batches)
+        return batch
+
+
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Random numbers from (seed, rank, iteration) and (seed, epoch, sample); no sample twice.
+    """The samples, random numbers and schedule of an uninterrupted run, in both kinds of loop.
 
     What random generators would have to remember is derived instead, so checkpoints need
     not hold it and nothing depends on the number of workers:
 
-    - Before an iteration every process seeds its generators from (seed, rank, iteration);
-      what the network draws (RoPE rescale, drop path, the order of a mask) comes from there.
-    - In an epoch-based loop the augmentations of a sample are drawn from (seed, epoch,
-      sample), and a run resumed in the middle of an epoch goes on with the next sample:
-      none is lost or seen twice, also by another number of processes or another batch size,
-      provided that what was seen makes whole iterations of theirs.
+    - A run counts samples. One that is resumed goes on with the next sample: none is lost or seen
+      twice, also by another number of processes or another batch size; where what was seen makes
+      no whole iterations of theirs, fewer samples than an iteration has are seen again.
+    - The augmentations of a sample are drawn from (seed, pass over the data, sample), whatever
+      wraps the data set.
+    - Before an iteration every process seeds its generators from (seed, pass, place of its first
+      sample); what the network draws (RoPE rescale, drop path, the order of a mask) comes from
+      there.
+    - Schedules are those of the config, at the place of the run: iterations of another size, a run
+      of another length, and other learning rates count from the resume on. So do the other settings
+      of the optimizer. Schedulers that follow a metric keep mmengine's rule: the checkpoint's
+      state goes on.
 
     On the CPU a resumed run is thereby the uninterrupted one bit for bit, provided that it was
-    saved after an update: gradients of an unfinished accumulation are lost.
+    saved after an update: gradients of an unfinished accumulation are lost. Another number of
+    processes adds numbers in another order, and mmengine's own schedulers count micro-steps where
+    gradients accumulate.
 
-    Iteration-based loops keep mmengine's rule for data: the sampler continues where it was, and
-    augmentations start from the seeds of the workers again, so they are not the same draws.
+    ``checkpoint['meta']['run']`` records, as integers, ``seed``, ``num_samples`` of the data,
+    ``batch_size``, ``num_processes``, ``accumulative_counts``, ``epoch_length`` in iterations, the
+    ``passes`` over the data that are done, ``position`` in samples within the present one, and
+    ``seen``, all samples so far.
+
+    Raises:
+        ValueError: An iteration-based run was longer than the config's when it was saved, counted
+            in samples.
     """
 
     priority = 'VERY_HIGH'
-    position = 0    # samples of this epoch that all processes have seen
+    passes = position = 0   # whole passes over the data, samples of all processes since then
+    settings = None         # of the optimizer's groups, where a resumed run follows the config
 
     @staticmethod
-    def _samples(runner, iterations=1):
-        """Samples of all processes in so many iterations."""
+    def _samples(runner):
+        """Samples of all processes in one iteration."""
+        return runner.train_loop.dataloader.batch_sampler.batch_size * dist.get_world_size()
+
+    @staticmethod
+    def _places(runner):
+        """The sampler, wrapped at first use; its seed is that of the run if the config has none."""
         batches = runner.train_loop.dataloader.batch_sampler
-        return iterations * batches.batch_size * dist.get_world_size()
+        if not isinstance(batches.sampler, Places):
+            batches.sampler = Places(batches.sampler)
+        return batches.sampler
+
+    def _record(self, runner):
+        loader = runner.train_loop.dataloader
+        num = len(loader.dataset)
+        return dict(
+            seed=run_seed(runner), num_samples=num, batch_size=loader.batch_sampler.batch_size,
+            num_processes=dist.get_world_size(),
+            accumulative_counts=getattr(runner.optim_wrapper, '_accumulative_counts', 1),
+            epoch_length=len(loader), passes=self.passes, position=self.position,
+            seen=self.passes * num + (self.position if self._places(runner).endless
+                                      else min(self.position, num)))
 
     def before_save_checkpoint(self, runner, checkpoint):
-        """Note the position, for iterations may come to be of another size."""
-        checkpoint['meta']['position'] = self.position
+        """Note where the run is, for iterations may come to be of another size."""
+        checkpoint['meta']['run'] = self._record(runner)
+
+    # ------------------------------------------------------------------ resume
 
     def after_load_checkpoint(self, runner, checkpoint):
-        """Take the position of a checkpoint to resume; an older one gives it in iterations."""
-        if runner._resume and isinstance(runner._train_loop, EpochBasedTrainLoop):
-            meta, length = checkpoint['meta'], len(runner.train_loop.dataloader)
-            self.position = meta.get('position', self._samples(
-                runner, meta['iter'] - meta['epoch'] * length))
+        """Take the place of a checkpoint to resume, and the schedule of the config."""
+        loop = runner._train_loop
+        if not (runner._resume and isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop))):
+            return
+        meta, length, samples = checkpoint['meta'], len(loop.dataloader), self._samples(runner)
+        old = meta.get('run')
+        if old:
+            self.passes, self.position = old['passes'], old['position']
+        else:       # of a run without this hook: by its iterations
+            endless = self._places(runner).endless
+            self.passes = 0 if endless else meta['iter'] // length
+            self.position = (meta['iter'] - self.passes * length) * samples
+        meta['iter'] = self.passes * length + self.position // samples
+        for sentence in differences_of_runs(old or {}, self._record(runner), runner, meta['iter']):
+            runner.logger.warning(sentence)
+        schedulers = runner.param_schedulers or []
+        if (isinstance(schedulers, list) and isinstance(runner.optim_wrapper, OptimWrapper)
+                and not any(getattr(one, 'need_val_args', False) for one in schedulers)):
+            self.settings = settings_of(runner)
+            checkpoint.pop('param_schedulers', None)
+
+    def before_train(self, runner):
+        """Go to the place of the run, in data and schedule."""
+        loop, places = runner.train_loop, self._places(runner)
+        if hasattr(places.sampler, 'seed') and 'seed' not in (
+                runner.cfg.get('train_dataloader', {}).get('sampler') or {}):
+            places.sampler.seed = run_seed(runner)
+        loop.dataloader.dataset.__getitems__ = SeededSamples(
+            loop.dataloader.dataset, run_seed(runner))
+        if isinstance(loop, IterBasedTrainLoop):
+            asks = not hasattr(loop.dataloader_iterator, 'skip_iter')   # mmengine before 0.10.8
+            loop.dataloader._iterator = None    # and its workers start before all hooks
+            loop.dataloader_iterator = Batches(
+                loop.dataloader, self.passes, loop.iter if asks else 0)
+            self._go_to_place(runner)
+        if self.settings:
+            self._follow_config(runner)
+
+    def _follow_config(self, runner):
+        """Take settings and schedules from the config, up to the iteration at hand."""
+        saved = settings_of(runner)
+        for group, settings in zip(runner.optim_wrapper.param_groups, self.settings):
+            group.update(settings)
+        self.settings = None
+        runner.optim_wrapper._global_step = runner.iter     # silences a warning about the order
+        schedulers, length = runner.param_schedulers or [], len(runner.train_loop.dataloader)
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        for i in range(1, min(runner.iter, runner.max_iters) + 1):
+            for scheduler in schedulers:
+                if not scheduler.by_epoch or by_epoch and i % length == 0:
+                    scheduler.step()
+        now = settings_of(runner)
+        changed = {key: (old[key], new[key]) for old, new in zip(saved, now) for key in new
+                   if key in old and not key.startswith('initial_') and old[key] != new[key]}
+        if changed:
+            runner.logger.warning(
+                f'The optimizer follows the config from iteration {runner.iter + 1} on, not the '
+                'checkpoint: ' + ', '.join(f'{key} is {new} and was {old}'
+                                           for key, (old, new) in changed.items()) + '.')
+
+    def _go_to_place(self, runner):
+        """Let the sampler begin where the run is."""
+        batches, samples = runner.train_loop.dataloader.batch_sampler, self._samples(runner)
+        done = min(self.position // samples, runner.max_iters)
+        self.position = done * samples
+        if done:
+            runner.logger.info(f'Continuing epoch {self.passes + 1} after {done} iterations.')
+        batches.sampler.skip = done * batches.batch_size
+
+    # ------------------------------------------------------------------ training
 
     def before_train_epoch(self, runner):
-        """Tell the workers the epoch, and skip what it has seen already."""
-        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
-            return
-        loader = runner.train_loop.dataloader
-        dataset = loader.dataset
-        if hasattr(dataset, 'pipeline'):
-            if not isinstance(dataset.pipeline, SeededPipeline):
-                dataset.pipeline = SeededPipeline(dataset.pipeline.transforms, run_seed(runner))
-            dataset.pipeline.epoch.fill_(runner.epoch)
-        done = self.position // self._samples(runner)
-        if done:
-            runner.logger.info(f'Continuing epoch {runner.epoch + 1} after {done} iterations.')
-            batches = loader.batch_sampler
-            batches.sampler = Remaining(batches.sampler, done * batches.batch_size)
+        """Skip what this epoch has seen already."""
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            self._go_to_place(runner)
+            self._places(runner).set_epoch(runner.epoch)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         """Seed the generators of this process."""
-        seed = derive_seed(run_seed(runner), dist.get_rank(), runner.iter)
+        seed = derive_seed(run_seed(runner), self.passes, self.position + dist.get_rank())
         random.seed(seed)
         np.random.seed(seed)
         # torch.manual_seed takes a traceback for every kind of device that is not there
@@ -143,12 +289,60 @@ class ExactResumeHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Count."""
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            self.position += self._samples(runner)
+        self.position += self._samples(runner)
+        whole = self.position // self._samples(runner) >= len(runner.train_loop.dataloader)
+        if isinstance(runner.train_loop, IterBasedTrainLoop) and whole and not (
+                self._places(runner).endless):
+            self.passes, self.position = self.passes + 1, 0
 
     def after_train_epoch(self, runner):
         """The next epoch is a whole one."""
-        self.position = 0
-        batches = runner.train_loop.dataloader.batch_sampler
-        if isinstance(getattr(batches, 'sampler', None), Remaining):
-            batches.sampler = batches.sampler.sampler
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            self.passes, self.position = runner.epoch + 1, 0
+
+
+def settings_of(runner):
+    """Learning rate, weight decay and the like of each group of the optimizer."""
+    return [{key: value for key, value in group.items() if key != 'params'}
+            for group in runner.optim_wrapper.param_groups]
+
+
+def differences_of_runs(old, new, runner, iteration):
+    """Sentences about what differs between a run and the one that it goes on with.
+
+    Args:
+        old, new (dict): ``meta['run']`` of the checkpoint, and of this run; an empty ``old`` says
+            nothing.
+        runner (Runner): This run.
+        iteration (int): How many of its iterations are done.
+
+    Raises:
+        ValueError: More is done than the run is long.
+    """
+    if not old:
+        return
+    if old['seed'] != new['seed']:
+        yield (f'The seed {old["seed"]} of the checkpoint goes on, not the '
+               f'{new["seed"]} of this run.')
+    if old['num_samples'] != new['num_samples']:
+        within = ', and within this epoch some are left out or seen twice' * bool(new['position'])
+        yield (f'The training data has {new["num_samples"]} samples and had {old["num_samples"]}: '
+               f'from here on they come in another order{within}.')
+    parts = ('num_processes', 'batch_size', 'accumulative_counts')
+    before, now = ([run[part] for part in parts] for run in (old, new))
+    if before == now:
+        return
+    words = '{} processes x {} samples x {} accumulated'
+    sentence = f'The run goes on with {words.format(*now)} (it had {words.format(*before)})'
+    if isinstance(runner.train_loop, IterBasedTrainLoop) and before[0] * before[1] != (
+            now[0] * now[1]):
+        length = runner.max_iters * now[0] * now[1]
+        if iteration >= runner.max_iters:
+            raise ValueError(
+                f'The checkpoint has seen {new["seen"]} samples, and train_cfg.max_iters='
+                f'{runner.max_iters} ends this run after {length}, for an iteration has '
+                f'{now[0] * now[1]} and had {before[0] * before[1]}; raise max_iters and the ends '
+                'of param_scheduler.')
+        sentence += (f'; its {runner.max_iters} iterations are {length} samples, of which '
+                     f'{iteration} and {new["seen"]} are done')
+    yield sentence + '.'

@@ -1,5 +1,7 @@
 """Images that cannot be read: counted, named, and replaced in a way that can be repeated."""
-import torch
+from math import ceil
+
+import numpy as np
 from mmengine import dist
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -7,7 +9,6 @@ from mmengine.runner import EpochBasedTrainLoop
 
 from ..classes import leaves
 from ..reading import UnreadableImageError
-from .resume import derive_seed, run_seed
 
 ATTEMPTS = 100
 
@@ -15,19 +16,16 @@ ATTEMPTS = 100
 class ReadableSamples:
     """``prepare_data`` of a data set, with other samples in place of unreadable ones.
 
-    Which one depends on (seed, epoch, index) and on nothing else: not on the worker, nor on
-    what was read before. The files that could not be read stand in the ``unreadable`` entry of
-    the data sample's metainfo.
+    Which one is drawn from numpy's generator, which ExactResumeHook seeds for every sample. The
+    files that could not be read stand in the ``unreadable`` entry of the data sample's metainfo.
 
     Args:
         dataset (mmengine.dataset.BaseDataset): Its pipeline raises UnreadableImageError.
-        seed (int): Seed of the run.
         replace_labelled (bool): Whether samples with ``gt_label`` are replaced.
     """
 
-    def __init__(self, dataset, seed, replace_labelled):
-        self.dataset, self.seed, self.replace_labelled = dataset, seed, replace_labelled
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()     # workers read it
+    def __init__(self, dataset, replace_labelled):
+        self.dataset, self.replace_labelled = dataset, replace_labelled
 
     def __call__(self, index):
         """The sample ``index``, or its replacement with the label of the replacement.
@@ -37,18 +35,19 @@ class ReadableSamples:
                 replacements are unreadable, too.
         """
         chosen, errors = index, {}
-        for attempt in range(ATTEMPTS):
+        for _ in range(ATTEMPTS):
             try:
                 sample = type(self.dataset).prepare_data(self.dataset, chosen)
             except UnreadableImageError as error:
                 info = self.dataset.get_data_info(chosen)
-                if 'gt_label' in info and not self.replace_labelled:
+                label = info.get('gt_label', info.get('seg_map_path'))
+                if label is not None and not self.replace_labelled:
                     raise UnreadableImageError(
-                        f'{error} Its label {info["gt_label"]} is not replaced silently: mend or '
+                        f'{error} Its label {label} is not replaced silently: mend or '
                         'remove the file, or set replace_labelled=True in UnreadableImageHook.'
                         ) from error
                 errors[info['img_path']] = str(error)
-                chosen = derive_seed(self.seed, int(self.epoch), index, attempt) % len(self.dataset)
+                chosen = np.random.randint(len(self.dataset))
                 continue
             if errors:
                 sample['data_samples'].set_metainfo(dict(unreadable=errors))
@@ -62,17 +61,17 @@ class UnreadableImageHook(Hook):
     """Replace training images that cannot be read by others of the same data set.
 
     Every such file is named once in the log, and an epoch ends with the number of samples that
-    were replaced. The replacement depends on (seed, epoch, index of the sample) only, so it is
-    the same after a resume and for any number of workers; with ExactResumeHook so is its crop.
+    were replaced; in an iteration-based loop so does a pass over the data. With ExactResumeHook
+    the replacement and its crop depend on (seed, pass over the data, index of the sample) only, so
+    they are the same after a resume and for any number of workers.
 
-    A sample with a label is an error by default, for a classifier that trains on fewer images
-    of a class than it seems is wrong silently. Where no label is read, as in pretraining, or
-    where it may be so, image and label both become those of the replacement.
+    A sample with a label or a mask is an error by default, for a classifier that trains on fewer
+    images of a class than it seems is wrong silently. Where no label is read, as in pretraining,
+    or where it may be so, image and label both become those of the replacement.
 
     Works on data sets of mmengine, with pipelines that load by LoadWholeImage,
     LoadRandomResizedCrop or PackEncodedCrop and end with data samples. Validation and test data
-    are left alone, and iteration-based loops, whose workers start before any hook: there it is
-    an error. So it is where the device finds damage that PackEncodedCrop could not see.
+    are left alone. Damage that PackEncodedCrop could not see, and the device finds, is an error.
 
     Args:
         replace_labelled (bool): Whether samples with ``gt_label`` are replaced, too. Defaults
@@ -91,17 +90,12 @@ class UnreadableImageHook(Hook):
         self.named = set()
 
     def before_train_epoch(self, runner):
-        """Stand between the data set and its readers, and tell the workers the epoch."""
+        """Stand between the data set and its readers."""
         self.new, self.count = {}, 0
-        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
-            return
         for dataset in leaves(runner.train_loop.dataloader.dataset):
-            if not hasattr(dataset, 'prepare_data'):
-                continue
-            if not isinstance(dataset.prepare_data, ReadableSamples):
-                dataset.prepare_data = ReadableSamples(
-                    dataset, run_seed(runner), self.replace_labelled)
-            dataset.prepare_data.epoch.fill_(runner.epoch)
+            if hasattr(dataset, 'prepare_data') and not isinstance(
+                    dataset.prepare_data, ReadableSamples):
+                dataset.prepare_data = ReadableSamples(dataset, self.replace_labelled)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Count what was replaced; stop as soon as it is too much for an epoch."""
@@ -114,23 +108,32 @@ class UnreadableImageHook(Hook):
         if self.count and self.count > self.max_share * self._num(runner):      # for sure
             self._name(runner, self.new)
             self._refuse(runner, self.count)
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            samples = runner.train_loop.dataloader.batch_sampler.batch_size * dist.get_world_size()
+            if self.every_n_train_iters(runner, ceil(self._num(runner) / samples)):
+                self._report(runner, f'Iteration {runner.iter + 1}')
 
     def after_train_epoch(self, runner):
         """Report what all processes replaced."""
+        # with the number of the epoch, for mmengine logs equal warnings once
+        self._report(runner, f'Epoch {runner.epoch + 1}')
+
+    def _report(self, runner, when):
         reports = dist.all_gather_object((self.new, self.count))
         count = sum(count for _, count in reports)
         for new, _ in reports:
             self._name(runner, new)
+        self.new, self.count = {}, 0
         if not count:
             return
         num = self._num(runner)
-        # with the number of the epoch, for mmengine logs equal warnings once
-        runner.logger.warning(f'Epoch {runner.epoch + 1}: {count} of {num} samples were replaced, '
-                              'because their images cannot be read.')
+        runner.logger.warning(f'{when}: {count} of {num} samples were replaced, because their '
+                              'images cannot be read.')
         if count > self.max_share * num:
             self._refuse(runner, count)
 
     def _num(self, runner):
+        """Samples of an epoch, or of a pass over the data."""
         loader = runner.train_loop.dataloader
         num = dist.get_world_size() * len(loader) * loader.batch_sampler.batch_size
         return min(num, len(loader.dataset))

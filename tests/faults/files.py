@@ -89,7 +89,7 @@ def images(rng, num, steps):
     dataset = DATASETS.build(dict(
         type='CustomDataset', data_prefix=str(folder), with_label=False,
         pipeline=[*steps, dict(type='PackInputs')]))
-    dataset.prepare_data = ReadableSamples(dataset, seed=0, replace_labelled=False)
+    dataset.prepare_data = ReadableSamples(dataset, replace_labelled=False)
     for index in range(num):
         name = Path(dataset.get_data_info(index)['img_path']).name
         try:
