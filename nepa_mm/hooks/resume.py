@@ -71,6 +71,7 @@ class Places:
     def __init__(self, sampler):
         self.sampler, self.epoch = sampler, 0
         self.skip = 0       # indices of this process to leave out at the next start
+        self.bare = False   # whether to yield indices alone
 
     @property
     def endless(self):
@@ -91,7 +92,7 @@ class Places:
         for i, index in islice(enumerate(sampler), skip, None):
             if self.endless:
                 number = (i * sampler.world_size + sampler.rank) // sampler.size
-            yield number, index
+            yield index if self.bare else (number, index)
 
     def __len__(self):
         return len(self.sampler)
@@ -225,8 +226,13 @@ class ExactResumeHook(Hook):
         if hasattr(places.sampler, 'seed') and 'seed' not in (
                 runner.cfg.get('train_dataloader', {}).get('sampler') or {}):
             places.sampler.seed = run_seed(runner)
-        loop.dataloader.dataset.__getitems__ = SeededSamples(
-            loop.dataloader.dataset, run_seed(runner))
+        dataset = loop.dataloader.dataset
+        places.bare = not hasattr(dataset, '__dict__')
+        if places.bare:
+            runner.logger.warning(f'A {type(dataset).__name__} as data set takes no attribute, so '
+                                  'what its samples draw is not repeated after a resume.')
+        else:
+            dataset.__getitems__ = SeededSamples(dataset, run_seed(runner))
         if isinstance(loop, IterBasedTrainLoop):
             asks = not hasattr(loop.dataloader_iterator, 'skip_iter')   # mmengine before 0.10.8
             loop.dataloader._iterator = None    # and its workers start before all hooks
