@@ -25,7 +25,7 @@ def layouts(rng, num):
             shutil.rmtree(folder, ignore_errors=True)
             for part in range(CHANGES_PER_RUN + 1):
                 last = part == CHANGES_PER_RUN
-                stop = seen + int(rng.integers(1, (NUM // 2 * EPOCHS - seen) // 3 + 1))
+                stop = seen + int(rng.integers(1, max(2, (NUM // 2 * EPOCHS - seen) // 3)))
                 train(config, folder, str(rng.choice(names)), stop_at=None if last else stop,
                       status=0 if last else 143)
                 rows = updates(folder)
