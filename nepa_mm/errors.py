@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 
 from .reading import DataError
+from .sigterm import STATUS, end_at_once, restore
 
 TRACEBACK = 'NEPA_MM_TRACEBACK'
 HINT = f' ({TRACEBACK}=1 shows where)'
@@ -69,13 +70,22 @@ def one_sentence_errors():
     That is a :class:`DataError` or a missing file at any time, also in a worker, and everything
     until a first step is done; what is no ``ValueError`` and no ``OSError`` comes with a hint. All
     else keeps its traceback, and with ``NEPA_MM_TRACEBACK=1`` in the environment these do, too.
+    SIGTERM ends the program with status 143, leaving nothing behind before a first step.
 
     Yields:
         Start: To be registered as a hook of the Runner.
     """
-    start, handler = Start(), signal.getsignal(signal.SIGTERM)
+    # several processes wait for one another where no Python handler is called
+    alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
+    start, handler = Start(), end_at_once() if alone else signal.getsignal(signal.SIGTERM)
     try:
         yield start
+    except SystemExit as stop:
+        if stop.code == STATUS:
+            if not start.begun:
+                start.undo()
+            handler = None      # a second SIGTERM must not cut the exit
+        raise
     except Exception as error:
         usual = isinstance(error, (ValueError, OSError))
         known = not start.begun or isinstance(error, (DataError, FileNotFoundError))
@@ -88,9 +98,7 @@ def one_sentence_errors():
         print(f'error: {reason(error)}{"" if usual else HINT}', file=sys.stderr)
         raise SystemExit(2) from error
     finally:
-        # a run that raised leaves the listener of its checkpoint hook behind
-        with suppress(ValueError):      # in the main thread alone
-            signal.signal(signal.SIGTERM, handler)
+        restore(handler)    # a run that raised leaves the listener of its checkpoint hook behind
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there, whatever happens while they are written."""
 import os
-import signal
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -13,8 +12,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 
 from ..checkpoint import find_whole_checkpoint, read_checkpoint, written_whole
-
-SIGNAL_INTERVAL = 10
+from ..sigterm import STATUS, listen, request, restore, shield_workers
+from .guard import NonFiniteGuardHook
 
 
 class WholeLocalBackend(LocalBackend):
@@ -52,8 +51,9 @@ class WholeCheckpointHook(CheckpointHook):
       about newer ones that are not. What it resumes is read as tensors and plain values
       only, never as a pickle that could execute something.
     - SIGTERM (Slurm, spot instances) ends the run after the update at hand, among several
-      processes at most 10 iterations later (they have to agree), with
-      ``interrupted.pth`` to resume from, and the exit status 143.
+      processes one or two updates later (they have to agree), with ``interrupted.pth``
+      to resume from, and the exit status 143. Workers of data loaders ignore it. The
+      validation in which it came is repeated by the run that resumes.
 
     Args:
         on_write_error (str): 'warn' lets the run go on without that checkpoint, and try
@@ -74,6 +74,7 @@ class WholeCheckpointHook(CheckpointHook):
                              'CheckpointHook for others.')
         super().__init__(**dict(kwargs, backend_args=dict(backend='whole')))
         self.on_write_error = on_write_error
+        self.listening = self.validating = False
 
     def before_run(self, runner):
         """Choose what to resume, before the Runner reads it."""
@@ -95,49 +96,67 @@ class WholeCheckpointHook(CheckpointHook):
             runner.logger.info(f'The newest whole checkpoint is {file}.')
             runner._load_from = file
 
-    def before_train(self, runner):
-        """Listen to SIGTERM."""
-        super().before_train(runner)
-        self.terminated = self.stopping = False
-        try:
-            self.previous = signal.signal(signal.SIGTERM, self._terminate)
-        except ValueError:      # only the main thread may listen
-            self.previous = None
+    def after_load_checkpoint(self, runner, checkpoint):
+        """Learn whether the run was interrupted in a validation."""
+        self.validating = runner._resume and checkpoint['meta'].get('validating', False)
 
-    def _terminate(self, signum, frame):
-        self.terminated = True
+    def before_train(self, runner):
+        """Listen to SIGTERM, and repeat the validation that it interrupted."""
+        super().before_train(runner)
+        loops = [loop for loop in (runner.train_loop, runner.val_loop) if loop is not None]
+        for loop in loops:
+            shield_workers(loop.dataloader)
+        self.guarded = any(isinstance(hook, NonFiniteGuardHook) and hook.watching
+                           for hook in runner.hooks)
+        self.previous, self.listening = listen(), True
+        if self.validating and runner.val_loop is not None:
+            runner.logger.info('Repeating the validation that SIGTERM interrupted.')
+            runner.val_loop.run()
+            if os.path.isfile(os.path.join(self.out_dir, self._name(self._step(runner)))):
+                self.file_backend.remove(os.path.join(self.out_dir, 'interrupted.pth'))
+                self.file_backend.remove_outdated()
+
+    def _step(self, runner):
+        return runner.epoch if self.by_epoch else runner.iter
 
     def after_train(self, runner):
         """Stop listening."""
         super().after_train(runner)
-        self._stop_listening()
-
-    def _stop_listening(self):
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
+        restore(self.previous)
+        self.listening = False
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Save if it is time to; if SIGTERM came, save and exit."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        self.stopping = self.stopping or self._somebody_is_terminated(runner)
-        if self.stopping and runner.optim_wrapper.should_update():
-            runner.logger.warning('SIGTERM: saving interrupted.pth and exiting.')
-            with self._all_or_nothing(runner):
-                self._write(runner, 'interrupted.pth',
-                            dict(epoch=runner.epoch, iter=runner.iter + 1))
-            dist.barrier()
-            self._stop_listening()
-            raise SystemExit(128 + signal.SIGTERM)
+        if runner.optim_wrapper.should_update() and (
+                request.agreed if self.guarded and dist.get_world_size() > 1
+                else self._somebody_is_terminated()):
+            self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter + 1)
 
-    def _somebody_is_terminated(self, runner):
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """If SIGTERM came in a validation of a training, save and exit."""
+        if not self.listening:
+            return
+        loader = runner.val_loop.dataloader
+        common = len(loader.dataset) // dist.get_world_size() // (loader.batch_size or 1)
+        # processes may have one batch more than others
+        if batch_idx < common and self._somebody_is_terminated():
+            self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter, validating=True)
+
+    @staticmethod
+    def _somebody_is_terminated():
         if dist.get_world_size() == 1:
-            return self.terminated
-        if (runner.iter + 1) % SIGNAL_INTERVAL:
-            return False
-        device = dist.get_comm_device()
-        terminated = torch.tensor(int(self.terminated), device=device)
+            return request.received
+        terminated = torch.tensor(int(request.received), device=dist.get_comm_device())
         dist.all_reduce(terminated, 'max')
         return bool(terminated.item())
+
+    def _save_and_exit(self, runner, **meta):
+        runner.logger.warning('SIGTERM: saving interrupted.pth and exiting.')
+        with self._all_or_nothing(runner):
+            self._write(runner, 'interrupted.pth', meta)
+        dist.barrier()
+        raise SystemExit(STATUS)
 
     def _save_checkpoint_with_step(self, runner, step, meta):
         with self._all_or_nothing(runner):
@@ -172,7 +191,7 @@ class WholeCheckpointHook(CheckpointHook):
     def _all_or_nothing(self, runner):
         """Remove what is outdated if all was written; else forget that writing was tried."""
         own = {name: copy(value) for name, value in vars(self).items()
-               if name not in ('file_backend', 'terminated')}
+               if name != 'file_backend'}
         info = dict(runner.message_hub.runtime_info)
         outer, self.writing = getattr(self, 'writing', False), True
         try:
