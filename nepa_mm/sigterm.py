@@ -69,6 +69,7 @@ def shield_workers(loader):
 
 def _end_workers():
     """Kill what multiprocessing would ask to end by SIGTERM, and then wait for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's would raise
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

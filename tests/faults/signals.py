@@ -55,11 +55,8 @@ reach('start')
 '''
 # moment, seconds that it lasts, who gets SIGTERM, options. A run has 12 iterations and a
 # validation of 4 after each 4 of them; :6 is the iteration with the index 6.
-ITERATIONS = ('train_cfg.by_epoch=False', 'train_cfg.max_iters=12', 'train_cfg.max_epochs=None',
-              'train_cfg.val_interval=4', 'train_dataloader.sampler.type=InfiniteSampler',
-              'default_hooks.checkpoint.by_epoch=False', 'default_hooks.checkpoint.interval=4',
-              'log_processor.by_epoch=False')
-TWO, FOUR = ('processes=2', 'train_dataloader.batch_size=1'), 4
+ITERATIONS = 'iters.py',        # a config that counts iterations
+TWO, FOUR = ('2', 'train_dataloader.batch_size=1'), 4    # processes, seconds
 NO_GUARD = ('default_hooks.guard=None',)
 ACCUMULATED = ('optim_wrapper.accumulative_counts=2',)
 SPAWN = ('env_cfg.mp_cfg.mp_start_method=spawn',)
@@ -117,21 +114,24 @@ def save_config():
     cfg.train_cfg.max_epochs = 3
     cfg.resume = True
     cfg.dump('run.py')
+    cfg.train_cfg = dict(by_epoch=False, max_iters=12, val_interval=4)
+    cfg.train_dataloader.sampler.type = 'InfiniteSampler'
+    cfg.default_hooks.checkpoint.update(by_epoch=False, interval=4)
+    cfg.log_processor = dict(by_epoch=False)
+    cfg.dump('iters.py')
 
 
 def command(folder, more, pace='', mark=''):
     """Start the tool on the config, in a group of its own."""
-    more = list(more)
-    processes = 'processes=2' in more
-    if processes:
-        more.remove('processes=2')
-    script = [TOOLS / 'dist_train.sh', 'run.py', '2'] if processes else (
-        [sys.executable, TOOLS / 'train.py', 'run.py'])
+    config = ITERATIONS[0] if ITERATIONS[0] in more else 'run.py'
+    script = [TOOLS / 'dist_train.sh', config, '2'] if TWO[0] in more else (
+        [sys.executable, TOOLS / 'train.py', config])
+    more = options(*(option for option in more if '=' in option))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     env = dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PATH=path, MARK=mark,
                PACE=pace, PYTHONPATH=os.pathsep.join([str(TOOLS.parent), os.getcwd()]))
     log = open(f'{folder}.log', 'a')
-    return subprocess.Popen([*script, '--work-dir', folder, *(options(*more) if more else [])],
+    return subprocess.Popen([*script, '--work-dir', folder, *more[more == ['--cfg-options']:]],
                             env=env, stdout=log, stderr=log, start_new_session=True)
 
 
@@ -164,7 +164,7 @@ def send(program, whom):
 
 def weights(folder, more):
     """What an ended run must have in common with another."""
-    state = read_checkpoint(f'{folder}/{"iter_12" if more[:1] == ITERATIONS[:1] else "epoch_3"}.pth')
+    state = read_checkpoint(f'{folder}/{"iter_12" if ITERATIONS[0] in more else "epoch_3"}.pth')
     return [state[key] for key in ('state_dict', 'ema_state_dict', 'optimizer')]
 
 
@@ -189,7 +189,7 @@ def interrupt(index, expected):
             return f'{name}: {len(left)} processes are left'
         file, problems = find_whole_checkpoint(folder)
         if moment == 'start':
-            if Path(folder).exists() and 'processes=2' not in more:
+            if Path(folder).exists() and TWO[0] not in more:
                 return f'{name}: {list(Path(folder).iterdir())} are left'
         elif Path(file or '').name != 'interrupted.pth' or problems:
             return f'{name}: {file}, {problems}'
