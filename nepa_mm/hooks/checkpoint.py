@@ -32,9 +32,14 @@ class WholeLocalBackend(LocalBackend):
         self.outdated.append(filepath)
 
     def remove_outdated(self):
-        """Remove what was noted."""
+        """Remove what was noted, if it is files."""
         while self.outdated:
-            Path(self.outdated.pop()).unlink(missing_ok=True)
+            path = Path(self.outdated.pop())
+            if path.is_file():
+                path.unlink(missing_ok=True)
+
+    def rmtree(self, dir_path):
+        """Keep a folder: a checkpoint is none."""
 
 
 register_backend('whole', WholeLocalBackend)
@@ -102,7 +107,13 @@ class WholeCheckpointHook(CheckpointHook):
 
     def before_train(self, runner):
         """Listen to SIGTERM, and repeat the validation that it interrupted."""
+        _leave_names(runner.message_hub.runtime_info)
         super().before_train(runner)
+        if self.save_best is not None and len(self.key_indicators) == 1:
+            self.best_ckpt_path = self._own(self.best_ckpt_path)
+        elif self.save_best is not None:
+            self.best_ckpt_path_dict = {
+                key: self._own(name) for key, name in self.best_ckpt_path_dict.items()}
         loops = [loop for loop in (runner.train_loop, runner.val_loop) if loop is not None]
         for loop in loops:
             shield_workers(loop.dataloader)
@@ -116,12 +127,20 @@ class WholeCheckpointHook(CheckpointHook):
                 self.file_backend.remove(os.path.join(self.out_dir, 'interrupted.pth'))
                 self.file_backend.remove_outdated()
 
+    def _own(self, name):
+        return name and os.path.join(self.out_dir, name)
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        """Save names of files, for the folder of a run may be moved or copied."""
+        _leave_names(checkpoint['message_hub']['runtime_info'])
+
     def _step(self, runner):
         return runner.epoch if self.by_epoch else runner.iter
 
     def after_train(self, runner):
         """Stop listening."""
-        super().after_train(runner)
+        with self._all_or_nothing(runner):
+            super().after_train(runner)
         restore(self.previous)
         self.listening = False
 
@@ -211,3 +230,19 @@ class WholeCheckpointHook(CheckpointHook):
                                   f'it: {error}')
         finally:
             self.writing = outer
+
+
+def _leave_names(info):
+    """Of what a checkpoint says about files leave names of checkpoints, and numbers.
+
+    It may come from another folder, or from a stranger, and these files will be removed.
+    """
+    for key, value in list(info.items()):
+        if key == 'last_ckpt' or key.startswith('best_ckpt'):
+            name = Path(str(value)).name
+            info[key] = name if name.startswith('best_') or key == 'last_ckpt' else None
+        elif key.startswith('best_score') and not isinstance(value, (int, float)):
+            del info[key]
+    ids = info.get('keep_ckpt_ids', [])
+    info['keep_ckpt_ids'] = [step for step in ids if type(step) is int] if (
+        isinstance(ids, list)) else []

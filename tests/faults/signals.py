@@ -57,7 +57,7 @@ reach('start')
 # validation of 4 after each 4 of them; :6 is the iteration with the index 6.
 ITERATIONS = 'iters.py',        # a config that counts iterations
 TWO, FOUR = ('2', 'train_dataloader.batch_size=1'), 4    # processes, seconds
-NO_GUARD = ('default_hooks.guard=None',)
+NO_GUARD = ('default_hooks.guard.type=EmptyCacheHook',)
 ACCUMULATED = ('optim_wrapper.accumulative_counts=2',)
 SPAWN = ('env_cfg.mp_cfg.mp_start_method=spawn',)
 CASES = [
