@@ -1,4 +1,5 @@
 """Errors of the user's input: one sentence, exit status 2, and nothing left behind."""
+import logging
 import os
 import shutil
 import signal
@@ -52,6 +53,9 @@ class Start(Hook):
         else:
             with suppress(OSError):     # not there yet
                 self.config.unlink()
+        if work_dir / '.lock' not in self.old:
+            with suppress(OSError):
+                (work_dir / '.lock').unlink()
         for folder in (*set(work_dir.glob('*/')) - self.old, *self.new_folders):
             with suppress(OSError):     # it holds something, or another process was faster
                 folder.rmdir()
@@ -75,6 +79,7 @@ def one_sentence_errors():
     Yields:
         Start: To be registered as a hook of the Runner.
     """
+    logging.raiseExceptions = False     # a full disk: the log goes on when there is space again
     # several processes wait for one another where no Python handler is called
     alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
     start, handler = Start(), end_at_once() if alone else signal.getsignal(signal.SIGTERM)

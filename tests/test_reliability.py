@@ -178,7 +178,7 @@ def test_outdated_files_go_after_the_new_one_is_whole(config, monkeypatch):
     run_train([config])
     before = dict(present)['epoch_3.pth']
     assert {'epoch_1.pth', 'epoch_2.pth'} <= set(before)
-    left = {p.name for p in Path('work_dirs/run').iterdir() if p.is_file()}
+    left = {p.name for p in Path('work_dirs/run').glob('[!.]*') if p.is_file()}
     assert left == {'epoch_3.pth', 'epoch_4.pth', 'last_checkpoint', 'run.py'}
     assert Path('work_dirs/run/last_checkpoint').read_text().endswith('epoch_4.pth')
 
@@ -205,7 +205,7 @@ def test_a_full_disk(config, monkeypatch, on_write_error):
             assert len(runner.losses) == 8
             log = next(Path(runner.log_dir).glob('*.log')).read_text()
             assert 'could not be written, the run goes on without it' in log
-    left = {p.name for p in Path('work_dirs/run').iterdir() if p.is_file()}
+    left = {p.name for p in Path('work_dirs/run').glob('[!.]*') if p.is_file()}
     assert left == {'epoch_1.pth', 'epoch_2.pth', 'last_checkpoint', 'run.py'}
     file, problems = find_whole_checkpoint('work_dirs/run')
     assert file.endswith('work_dirs/run/epoch_2.pth') and not problems

@@ -11,7 +11,13 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 
-from ..checkpoint import find_whole_checkpoint, read_checkpoint, written_whole
+from ..checkpoint import (
+    find_whole_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+    written_whole,
+)
+from ..disks import lock_folder, survive_full_disk
 from ..sigterm import STATUS, listen, request, restore, shield_workers
 from .guard import NonFiniteGuardHook
 
@@ -82,16 +88,25 @@ class WholeCheckpointHook(CheckpointHook):
         self.listening = self.validating = False
 
     def before_run(self, runner):
-        """Choose what to resume, before the Runner reads it."""
-        if not runner._resume or runner._has_loaded or not isinstance(runner._train_loop, BaseLoop):
+        """Take the folder for this run alone, and choose what to resume, before that is read."""
+        if not isinstance(runner._train_loop, BaseLoop):
             return
-        if runner._load_from is not None:
-            if '://' not in str(runner._load_from):
+        survive_full_disk(runner.visualizer, runner.logger)
+        folder = runner.work_dir
+        if self.out_dir not in (None, folder):      # mmengine's rule
+            folder = os.path.join(self.out_dir, os.path.basename(folder.rstrip(os.sep)))
+        auto = runner._resume and not runner._has_loaded and runner._load_from is None
+        needed = ('optimizer', 'message_hub') + ('param_schedulers',) * bool(
+            runner.param_schedulers)
+        found = [self._take(folder, auto, needed) if dist.is_main_process() else None]
+        dist.broadcast_object_list(found)
+        refusal, file, problems = found[0]
+        if refusal:
+            raise ValueError(refusal)
+        if not auto:
+            if runner._resume and not runner._has_loaded and '://' not in str(runner._load_from):
                 read_checkpoint(runner._load_from)
             return
-        found = [find_whole_checkpoint(runner.work_dir) if dist.is_main_process() else None]
-        dist.broadcast_object_list(found)
-        file, problems = found[0]
         for problem in problems:
             runner.logger.warning(f'Not resumed: {problem}')
         if file is None:
@@ -100,6 +115,17 @@ class WholeCheckpointHook(CheckpointHook):
         else:
             runner.logger.info(f'The newest whole checkpoint is {file}.')
             runner._load_from = file
+
+    def _take(self, folder, auto, needed):
+        """Lock a folder and clean it up: (why it is refused, what to resume, what is damaged)."""
+        self.lock = lock_folder(folder)
+        if self.lock is None:
+            return (f'Another run writes into {folder}; wait for its end, or give another '
+                    '--work-dir.', None, [])
+        for name in ('epoch_*.pth', 'iter_*.pth', 'best_*.pth', 'interrupted.pth',
+                     'last_checkpoint'):
+            remove_leftovers(Path(folder, name))
+        return (None, *(find_whole_checkpoint(folder, needed) if auto else (None, [])))
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Learn whether the run was interrupted in a validation."""

@@ -20,7 +20,7 @@ from ..tiny_runs import TOOLS, options, save_classifier
 from .kills import same
 
 SECONDS = 240       # more for one command is a hang
-PACE = '''
+PACE = """
 import os
 import time
 from pathlib import Path
@@ -52,7 +52,7 @@ class PaceHook(Hook):
 
 
 reach('start')
-'''
+"""
 # moment, seconds that it lasts, who gets SIGTERM, options. A run has 12 iterations and a
 # validation of 4 after each 4 of them; :6 is the iteration with the index 6.
 ITERATIONS = 'iters.py',        # a config that counts iterations
@@ -123,7 +123,7 @@ def save_config():
 
 def command(folder, more, pace='', mark=''):
     """Start the tool on the config, in a group of its own."""
-    config = ITERATIONS[0] if ITERATIONS[0] in more else 'run.py'
+    config = next((name for name in more if name.endswith('.py')), 'run.py')
     script = [TOOLS / 'dist_train.sh', config, '2'] if TWO[0] in more else (
         [sys.executable, TOOLS / 'train.py', config])
     more = options(*(option for option in more if '=' in option))
@@ -193,7 +193,7 @@ def interrupt(index, expected):
                 return f'{name}: {list(Path(folder).iterdir())} are left'
         elif Path(file or '').name != 'interrupted.pth' or problems:
             return f'{name}: {file}, {problems}'
-        if list(Path(folder).glob('.*')):
+        if list(Path(folder).glob('.*.*')):
             return f'{name}: temporary files are left'
         program = command(folder, more)
         if program.wait(SECONDS):
