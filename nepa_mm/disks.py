@@ -25,7 +25,7 @@ def lock_folder(folder):
     except OSError:
         return -1
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock, workers do not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # workers do not inherit it
     except (BlockingIOError, PermissionError):
         os.close(file)
         return None

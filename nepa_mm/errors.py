@@ -46,7 +46,8 @@ class Start(Hook):
             folder = Path(getattr(handler, 'baseFilename', '/')).parent
             if folder.parent == work_dir and folder not in self.old:
                 logger.removeHandler(handler)
-                handler.close()
+                with suppress(OSError):     # a full disk
+                    handler.close()
                 shutil.rmtree(folder, ignore_errors=True)
         if self.copy is not None:
             self.config.write_bytes(self.copy)

@@ -1,4 +1,4 @@
-"""SIGTERM asks a run to save and end: its processes note it, their data-loader workers ignore it."""
+"""SIGTERM asks a run to save and end: its processes note it, their workers ignore it."""
 import atexit
 import multiprocessing
 import signal

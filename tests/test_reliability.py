@@ -204,7 +204,7 @@ def test_a_full_disk(config, monkeypatch, on_write_error):
             runner = run_train([config, *flags])
             assert len(runner.losses) == 8
             log = next(Path(runner.log_dir).glob('*.log')).read_text()
-            assert 'could not be written, the run goes on without it' in log
+            assert 'the run goes on without it' in log
     left = {p.name for p in Path('work_dirs/run').glob('[!.]*') if p.is_file()}
     assert left == {'epoch_1.pth', 'epoch_2.pth', 'last_checkpoint', 'run.py'}
     file, problems = find_whole_checkpoint('work_dirs/run')

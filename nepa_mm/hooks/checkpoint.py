@@ -252,8 +252,9 @@ class WholeCheckpointHook(CheckpointHook):
             runner.message_hub.runtime_info.update(info)
             if self.on_write_error == 'raise':
                 raise
-            runner.logger.warning(f'The checkpoint could not be written, the run goes on without '
-                                  f'it: {error}')
+            # with the iteration, for mmengine logs equal warnings once
+            runner.logger.warning(f'The checkpoint of iteration {runner.iter} could not be '
+                                  f'written, the run goes on without it: {error}')
         finally:
             self.writing = outer
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,22 +39,23 @@ class FillHook(Hook):
                             pass
                     except OSError:
                         pass
-        elif runner.iter == 7:
+        elif runner.iter == 70:
             filler.unlink()
 
 """
 
 
 def save_config():
-    """Six epochs of two iterations; a variant fills the disk in iteration 4 and empties it in 8."""
+    """Two iterations an epoch; a variant fills the disk in iteration 4 and empties it in 71."""
     cfg = Config.fromfile(save_pretraining())
     cfg.default_hooks.update(
         checkpoint=dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=2),
         resume=dict(type='ExactResumeHook'), run_check=dict(type='RunCheckHook', odd='warn'))
     cfg.custom_hooks = [dict(type='UnreadableImageHook', max_share=1.)]
     cfg.train_dataloader.dataset.pipeline[0] = dict(type='LoadWholeImage')
-    cfg.train_cfg.max_epochs = 6
+    cfg.train_cfg.max_epochs = 3
     cfg.dump('run.py')
+    cfg.train_cfg.max_epochs = 40
     Path('fill.py').write_text(FILL)
     cfg.custom_imports.imports.append('fill')
     cfg.custom_hooks.append(dict(type='FillHook'))
@@ -108,15 +110,15 @@ def full_disk():
         lost = judge(status, said, 0)
         if lost:
             return lost
-        for text in ('LocalVisBackend cannot write', 'could not be written, the run goes on',
+        for text in ('LocalVisBackend cannot write', 'the run goes on without it',
                      'LocalVisBackend can write again'):
             if text not in said:
                 return f'{text!r} is missing'
         scalars = next(Path('full').glob('*/vis_data/scalars.json')).read_text()
         log = next(Path('full').glob('*/*.log')).read_text()
-        if not Path('full/epoch_6.pth').is_file() or '"step": 12' not in scalars:
+        if not Path('full/epoch_40.pth').is_file() or '"step": 80' not in scalars:
             return 'nothing was written when there was space again'
-        return None if 'Epoch(train)  [6][2/2]' in log else f'the log did not go on: {log[-500:]}'
+        return None if 'Epoch(train) [40][2/2]' in log else f'the log did not go on: {log[-500:]}'
 
 
 def start_on_full_disk():
@@ -137,11 +139,11 @@ def two_runs():
     first = command('both', ('run.py', 'train_cfg.max_epochs=1000'))
     try:
         while not Path('both/epoch_1.pth').exists() and first.poll() is None:
-            pass
+            time.sleep(0.1)
         Path('both.log').rename('first.log')
         lost = judge(*train('both', 'run.py'), 2)
-        if lost or 'Another run writes into both' not in Path('both.log').read_text():
-            return lost or Path('both.log').read_text()
+        if lost or 'Another run writes into' not in Path('both.log').read_text():
+            return lost or 'the sentence does not say why'
     finally:
         first.kill()
         first.wait()
