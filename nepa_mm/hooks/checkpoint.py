@@ -9,7 +9,7 @@ from mmengine import dist
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop
+from mmengine.runner import BaseLoop, IterBasedTrainLoop
 
 from ..checkpoint import (
     find_whole_checkpoint,
@@ -176,7 +176,8 @@ class WholeCheckpointHook(CheckpointHook):
         if runner.optim_wrapper.should_update() and (
                 request.agreed if self.guarded and dist.get_world_size() > 1
                 else self._somebody_is_terminated()):
-            self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter + 1)
+            self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter + 1,
+                                validating=_validation_follows(runner))
 
     def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """If SIGTERM came in a validation of a training, save and exit."""
@@ -273,3 +274,11 @@ def _leave_names(info):
     ids = info.get('keep_ckpt_ids', [])
     info['keep_ckpt_ids'] = [step for step in ids if type(step) is int] if (
         isinstance(ids, list)) else []
+
+
+def _validation_follows(runner):
+    """Whether a loop that counts iterations validates after this one, which a resume goes past."""
+    loop, done = runner.train_loop, runner.iter + 1
+    return (isinstance(loop, IterBasedTrainLoop) and runner.val_loop is not None
+            and done >= loop.val_begin
+            and (done % loop.val_interval == 0 or done == loop.max_iters))
