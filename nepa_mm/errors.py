@@ -28,9 +28,16 @@ class Start(Hook):
         self.config, self.copy, self.new_folders = None, None, []
 
     def before_writing(self, cfg):
-        """Note what is there, before a Runner is built from ``cfg``."""
+        """Note what is there, before a Runner is built from ``cfg``.
+
+        Raises:
+            ValueError: Something else, such as a pipe, is in the place of the config's copy.
+        """
         work_dir = Path(cfg.work_dir).absolute()
-        self.config = work_dir / Path(cfg.filename or '').name
+        copy = work_dir / Path(cfg.filename or '').name
+        if os.path.lexists(copy) and not copy.is_file():
+            raise ValueError(f'{copy} is no file, but the config will be written there.')
+        self.config = copy
         self.copy = self.config.read_bytes() if self.config.is_file() else None
         self.old = set(work_dir.iterdir()) if work_dir.is_dir() else set()
         self.new_folders = [folder for folder in (work_dir, *work_dir.parents)
