@@ -9,10 +9,18 @@ import socket
 import sys
 
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import SignalException, api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 TERMINATED = 128 + signal.SIGTERM       # status of a process that saved and ended
+raise_signal = api._terminate_process_handler
+
+
+def raise_once(signum, frame):
+    """torchrun's handler, for the first SIGTERM; a third one made it leave its processes."""
+    if signum == signal.SIGTERM:
+        signal.signal(signum, signal.SIG_IGN)
+    raise_signal(signum, frame)
 
 
 def free_port():
@@ -38,6 +46,7 @@ def main(gpus, *command):
     env.setdefault('MKL_NUM_THREADS', env['OMP_NUM_THREADS'])
     # seconds that processes have to save after SIGTERM; older torch gives them 30
     env.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '600')
+    api._terminate_process_handler = raise_once
     try:
         run.main([
             f'--nnodes={nodes}',

@@ -200,7 +200,7 @@ def interrupt(index, expected):
         program = command(folder, more)
         if program.wait(SECONDS):
             return f'{name}: resumed, status {program.returncode}: {log.read_text()[-1500:]}'
-        if moment[0] in 'vs' and 'Repeating the validation' not in log.read_text():
+        if moment.startswith(('val', 'save')) and 'Repeating the validation' not in log.read_text():
             return f'{name}: the validation was not repeated'
         if Path(folder, 'interrupted.pth').exists():
             return f'{name}: interrupted.pth is left'
