@@ -1,10 +1,11 @@
 """Reading weights of any origin, writing them whole, and starting a network from them."""
+import fcntl
 import json
 import logging
 import os
 import re
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def locate(path, weights=None):
     raise FileNotFoundError(f'The folder {path} has no {" and no ".join(names)}.')
 
 
-def read_checkpoint(path, map_location='cpu', weights=None):
+def read_checkpoint(path, map_location='cpu', weights=None, mmap=False):
     """Read a checkpoint without executing anything that it contains.
 
     Published weights (keys below ``vit_nepa.``) come out in our names.
@@ -71,6 +72,8 @@ def read_checkpoint(path, map_location='cpu', weights=None):
         map_location (str): Device of the tensors. Defaults to 'cpu'.
         weights (str, optional): Which file of a published folder, see :func:`locate`.
             Defaults to None.
+        mmap (bool): Whether tensors of a pickle stay on the disk until they are used. Defaults to
+            False.
 
     Returns:
         dict: A checkpoint with at least the keys ``state_dict`` and ``meta``; published weights
@@ -89,7 +92,7 @@ def read_checkpoint(path, map_location='cpu', weights=None):
         raise FileNotFoundError(f'The checkpoint {path} does not exist.')
     else:
         try:
-            checkpoint = _read_file(file, map_location)
+            checkpoint = _read_file(file, map_location, mmap)
         except Exception as error:      # torch, pickle, zip and safetensors each raise their own
             raise ValueError(
                 f'{path} is no checkpoint that can be read safely: {_reason(error)}.') from error
@@ -110,14 +113,14 @@ def read_checkpoint(path, map_location='cpu', weights=None):
     return checkpoint
 
 
-def _read_file(file, map_location):
+def _read_file(file, map_location, mmap=False):
     if file.suffix == '.safetensors':
         with safe_open(file, 'pt', device=str(map_location or 'cpu')) as opened:
             meta = json.loads((opened.metadata() or {}).get('nepa_mm', '{}'))
             return dict(state_dict={key: opened.get_tensor(key) for key in opened.keys()},
                         meta=meta)
     with torch.serialization.safe_globals(get_torch_safe_globals()):
-        return torch.load(file, map_location, weights_only=True)
+        return torch.load(file, map_location, weights_only=True, mmap=mmap)
 
 
 def _reason(error):
@@ -139,45 +142,72 @@ def load_from_published(filename, map_location=None):
     return read_checkpoint(filename, map_location)
 
 
-def find_whole_checkpoint(work_dir):
-    """The newest checkpoint of a run that is whole, by checksums and by reading it.
+def find_whole_checkpoint(work_dir, needed=('optimizer', 'message_hub')):
+    """The checkpoint of a run that is furthest along of those that are whole.
+
+    How far one is it says itself, in its meta, for times and names of files change when they
+    are copied. Whole are its checksums, what can be read, and what a resume needs.
 
     Args:
-        work_dir (str): Folder with ``last_checkpoint`` and the files of the checkpoint hook.
+        work_dir (str): Folder with the files of the checkpoint hook. A file of another name
+            counts if ``last_checkpoint`` names it.
+        needed (tuple[str]): Entries that a resume needs beside ``state_dict``. Defaults to
+            ('optimizer', 'message_hub').
 
     Returns:
         tuple[str | None, list[str]]: The file, None if there is none; what is wrong with
-        each newer one, a sentence each.
+        each that may be further along, a sentence each.
     """
-    work_dir, problems = Path(work_dir), []
-    found = [file for pattern in ('epoch_*.pth', 'iter_*.pth', 'interrupted.pth')
-             for file in work_dir.glob(pattern)]
-    found.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    work_dir, progress, problems = Path(work_dir), {}, []
+    names = {file.name for pattern in ('epoch_*.pth', 'iter_*.pth', 'interrupted.pth')
+             for file in work_dir.glob(pattern)}
     pointer = work_dir / 'last_checkpoint'
-    named = pointer.read_text(errors='replace').strip('\0 \n') if pointer.is_file() else ''
-    if named:      # the file may lie in another folder, or the folder may have been moved
-        last = work_dir / Path(named).name
-        found = [last if last.is_file() else Path(named), *(f for f in found if f != last)]
-    for file in found:
+    if pointer.is_file():
+        with suppress(OSError):
+            names.add(Path(pointer.read_text(errors='replace').strip('\0 \n')).name)
+    for file in sorted(work_dir / name for name in names if name):
+        if not os.path.lexists(file):
+            continue
         try:
-            if file.is_file() and not zipfile.is_zipfile(file):
-                raise ValueError(f'{file} is torn.')
+            progress[file] = _progress(file)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    for file in sorted(progress, key=progress.get, reverse=True):
+        try:
             checkpoint = read_checkpoint(file)
             with zipfile.ZipFile(file) as opened:
                 damaged = opened.testzip()
             if damaged:
                 raise ValueError(f'{file} is damaged in {damaged}.')
-            if not {'epoch', 'iter'} <= set(checkpoint['meta']):
-                raise ValueError(f'{file} does not say how far the run was.')
+            lacking = [key for key in needed if key not in checkpoint]
+            if lacking:
+                raise ValueError(f'{file} has no {" and no ".join(lacking)}.')
             return str(file), problems
         except (ValueError, OSError, zipfile.BadZipFile) as error:
             problems.append(str(error))
     return None, problems
 
 
+def _progress(file):
+    """How far a checkpoint is: samples seen (or iterations), epochs, whether it was validated."""
+    if not file.is_file():
+        raise ValueError(f'{file} is no file.')
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f'{file} is torn.')
+    meta = read_checkpoint(file, mmap=True)['meta']     # tensors stay on the disk
+    run = meta.get('run')
+    seen = run.get('seen') if isinstance(run, dict) else None
+    found = [meta.get('iter') if seen is None else seen, meta.get('epoch')]
+    if not all(type(number) is int for number in found):
+        raise ValueError(f'{file} does not say how far the run was.')
+    return *found, bool(meta.get('validating'))
+
+
 @contextmanager
 def written_whole(path, overwrite=False):
     """Write a file so that it is either complete or not there.
+
+    What was left of it by a process that was killed meanwhile is removed.
 
     Args:
         path (str): The file.
@@ -194,9 +224,12 @@ def written_whole(path, overwrite=False):
     if path.exists() and not overwrite:
         raise FileExistsError(f'{path} exists already; remove it or name another.')
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        temporary.touch()
+        with suppress(OSError):     # no locks here
+            fcntl.flock(lock, fcntl.LOCK_EX)
         mode = temporary.stat().st_mode     # of any new file; safetensors makes its own private
         yield temporary
         temporary.chmod(mode)
@@ -209,7 +242,21 @@ def written_whole(path, overwrite=False):
         finally:
             os.close(folder)
     finally:
+        os.close(lock)
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path):
+    """Remove temporary files of :func:`written_whole` that no living process of any machine holds.
+
+    Args:
+        path (Path): What was to be written; its name may be a pattern.
+    """
+    for file in path.parent.glob(f'.{path.stem}.*{path.suffix}'):
+        if re.fullmatch(r'\..*\.\d+', file.name.removesuffix(path.suffix)) and file.is_file():
+            with suppress(OSError), open(file, 'rb') as opened:     # locked, or no locks here
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.unlink()
 
 
 def save_weights(state_dict, path, for_transformers=False, **meta):

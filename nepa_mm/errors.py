@@ -1,4 +1,5 @@
 """Errors of the user's input: one sentence, exit status 2, and nothing left behind."""
+import logging
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 
 from .reading import DataError
+from .sigterm import STATUS, end_at_once, restore
 
 TRACEBACK = 'NEPA_MM_TRACEBACK'
 HINT = f' ({TRACEBACK}=1 shows where)'
@@ -26,9 +28,16 @@ class Start(Hook):
         self.config, self.copy, self.new_folders = None, None, []
 
     def before_writing(self, cfg):
-        """Note what is there, before a Runner is built from ``cfg``."""
+        """Note what is there, before a Runner is built from ``cfg``.
+
+        Raises:
+            ValueError: Something else, such as a pipe, is in the place of the config's copy.
+        """
         work_dir = Path(cfg.work_dir).absolute()
-        self.config = work_dir / Path(cfg.filename or '').name
+        copy = work_dir / Path(cfg.filename or '').name
+        if os.path.lexists(copy) and not copy.is_file():
+            raise ValueError(f'{copy} is no file, but the config will be written there.')
+        self.config = copy
         self.copy = self.config.read_bytes() if self.config.is_file() else None
         self.old = set(work_dir.iterdir()) if work_dir.is_dir() else set()
         self.new_folders = [folder for folder in (work_dir, *work_dir.parents)
@@ -44,13 +53,17 @@ class Start(Hook):
             folder = Path(getattr(handler, 'baseFilename', '/')).parent
             if folder.parent == work_dir and folder not in self.old:
                 logger.removeHandler(handler)
-                handler.close()
+                with suppress(OSError):     # a full disk
+                    handler.close()
                 shutil.rmtree(folder, ignore_errors=True)
         if self.copy is not None:
             self.config.write_bytes(self.copy)
         else:
             with suppress(OSError):     # not there yet
                 self.config.unlink()
+        if work_dir / '.lock' not in self.old:
+            with suppress(OSError):
+                (work_dir / '.lock').unlink()
         for folder in (*set(work_dir.glob('*/')) - self.old, *self.new_folders):
             with suppress(OSError):     # it holds something, or another process was faster
                 folder.rmdir()
@@ -69,13 +82,23 @@ def one_sentence_errors():
     That is a :class:`DataError` or a missing file at any time, also in a worker, and everything
     until a first step is done; what is no ``ValueError`` and no ``OSError`` comes with a hint. All
     else keeps its traceback, and with ``NEPA_MM_TRACEBACK=1`` in the environment these do, too.
+    SIGTERM ends the program with status 143, leaving nothing behind before a first step.
 
     Yields:
         Start: To be registered as a hook of the Runner.
     """
-    start, handler = Start(), signal.getsignal(signal.SIGTERM)
+    logging.raiseExceptions = False     # a full disk: the log goes on when there is space again
+    # several processes wait for one another where no Python handler is called
+    alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
+    start, handler = Start(), end_at_once() if alone else signal.getsignal(signal.SIGTERM)
     try:
         yield start
+    except SystemExit as stop:
+        if stop.code == STATUS:
+            if not start.begun:
+                start.undo()
+            handler = None      # a second SIGTERM must not cut the exit
+        raise
     except Exception as error:
         usual = isinstance(error, (ValueError, OSError))
         known = not start.begun or isinstance(error, (DataError, FileNotFoundError))
@@ -88,9 +111,7 @@ def one_sentence_errors():
         print(f'error: {reason(error)}{"" if usual else HINT}', file=sys.stderr)
         raise SystemExit(2) from error
     finally:
-        # a run that raised leaves the listener of its checkpoint hook behind
-        with suppress(ValueError):      # in the main thread alone
-            signal.signal(signal.SIGTERM, handler)
+        restore(handler)    # a run that raised leaves the listener of its checkpoint hook behind
 
 
 @contextmanager

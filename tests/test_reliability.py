@@ -1,6 +1,7 @@
 """Checkpoints that are whole, resuming exactly, SIGTERM, a full disk."""
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from mmengine.registry import HOOKS
 from nepa_mm import checkpoint
 from nepa_mm.checkpoint import find_whole_checkpoint, read_checkpoint
 
-from .tiny_runs import options, refused, run_train, save_pretraining
+from .tiny_runs import (
+    options,
+    refused,
+    run_script,
+    run_train,
+    save_classifier,
+    save_pretraining,
+)
 
 
 @HOOKS.register_module()
@@ -56,7 +64,8 @@ def config(tmp_path, monkeypatch):
         dict(type='RandomResizedCrop', scale=28), dict(type='RandomFlip', prob=0.5)]
     cfg.train_cfg.max_epochs = 4
     cfg.dump('run.py')
-    return 'run.py'
+    yield 'run.py'
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)   # a run that SIGTERM ended goes on noting it
 
 
 def epochs(num, *more):
@@ -89,7 +98,6 @@ def test_sigterm_in_the_middle_of_an_epoch(config):
     with pytest.raises(SystemExit) as ended:
         run_train([config, '--work-dir', 'b', *stop])
     assert ended.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     first = RecordHook.last
     resumed = run_train([config, '--work-dir', 'b'])
     assert first.losses + resumed.losses == straight.losses     # bit for bit, here too
@@ -170,7 +178,7 @@ def test_outdated_files_go_after_the_new_one_is_whole(config, monkeypatch):
     run_train([config])
     before = dict(present)['epoch_3.pth']
     assert {'epoch_1.pth', 'epoch_2.pth'} <= set(before)
-    left = {p.name for p in Path('work_dirs/run').iterdir() if p.is_file()}
+    left = {p.name for p in Path('work_dirs/run').glob('[!.]*') if p.is_file()}
     assert left == {'epoch_3.pth', 'epoch_4.pth', 'last_checkpoint', 'run.py'}
     assert Path('work_dirs/run/last_checkpoint').read_text().endswith('epoch_4.pth')
 
@@ -196,8 +204,8 @@ def test_a_full_disk(config, monkeypatch, on_write_error):
             runner = run_train([config, *flags])
             assert len(runner.losses) == 8
             log = next(Path(runner.log_dir).glob('*.log')).read_text()
-            assert 'could not be written, the run goes on without it' in log
-    left = {p.name for p in Path('work_dirs/run').iterdir() if p.is_file()}
+            assert 'the run goes on without it' in log
+    left = {p.name for p in Path('work_dirs/run').glob('[!.]*') if p.is_file()}
     assert left == {'epoch_1.pth', 'epoch_2.pth', 'last_checkpoint', 'run.py'}
     file, problems = find_whole_checkpoint('work_dirs/run')
     assert file.endswith('work_dirs/run/epoch_2.pth') and not problems
@@ -209,3 +217,36 @@ def test_settings_are_checked():
         hook(on_write_error='ignore')
     with pytest.raises(ValueError, match='local files only'):
         hook(out_dir='s3://bucket')
+
+
+@pytest.mark.parametrize('best', ['a/best_accuracy_top1_epoch_1.pth', 'precious', 'a/precious.pth',
+                                  '../b/epoch_1.pth', None, 3])
+def test_a_run_removes_its_own_files_only(tmp_path, monkeypatch, best):
+    """Whatever a checkpoint of another folder, or of a stranger, says about files."""
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile(save_classifier()[0])
+    cfg.default_hooks.checkpoint = dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=2,
+                                        save_best='accuracy/top1')
+    cfg.resume = True
+    cfg.dump('run.py')
+    assert run_script('train.py', 'run.py', '--work-dir', 'a', cwd=tmp_path)[0] == 0
+    shutil.copytree('a', 'b')
+    Path('precious').mkdir()
+    for path in ('precious/one.pth', 'a/precious.pth'):
+        Path(path).write_text('precious')
+    state = torch.load('b/epoch_1.pth', weights_only=False)
+    assert state['message_hub']['runtime_info']['best_ckpt'] == 'best_accuracy_top1_epoch_1.pth'
+    state['message_hub']['runtime_info'] |= dict(
+        best_score=-1., best_ckpt=best and str(tmp_path / best) if best != 3 else 3,
+        keep_ckpt_ids=[1, '../../a/epoch_1', '/'])
+    torch.save(state, 'b/epoch_1.pth')
+    before = {path: path.read_bytes() for path in Path().glob('[ap]*/**/*') if path.is_file()}
+    code, output = run_script('train.py', 'run.py', '--work-dir', 'b', *options(
+        'train_cfg.max_epochs=3'), cwd=tmp_path)
+    assert code == 0, output
+    assert before == {path: path.read_bytes() for path in Path().glob('[ap]*/**/*')
+                      if path.is_file()}
+    left = {path.name for path in Path('b').glob('*.pth')}
+    assert {'epoch_2.pth', 'epoch_3.pth'} <= left and 'epoch_1.pth' not in left
+    assert left & {f'best_accuracy_top1_epoch_{epoch}.pth' for epoch in (2, 3)}
+    assert ('best_accuracy_top1_epoch_1.pth' in left) == (not str(best).startswith('a/best'))

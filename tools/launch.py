@@ -4,17 +4,34 @@
 """
 import logging
 import os
+import signal
 import socket
 import sys
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import SignalException, api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+TERMINATED = 128 + signal.SIGTERM       # status of a process that saved and ended
+raise_signal = api._terminate_process_handler
+
+
+def raise_once(signum, frame):
+    """torchrun's handler, for the first SIGTERM; a third one made it leave its processes."""
+    if signum == signal.SIGTERM:
+        signal.signal(signum, signal.SIG_IGN)
+    raise_signal(signum, frame)
 
 
 def free_port():
     with socket.socket() as found:
         found.bind(('127.0.0.1', 0))
         return found.getsockname()[1]
+
+
+def terminated(status=TERMINATED):
+    print(f'{signal.Signals(status - 128).name}: the processes have ended.', file=sys.stderr)
+    sys.exit(status)
 
 
 def main(gpus, *command):
@@ -27,6 +44,9 @@ def main(gpus, *command):
     threads = max(1, len(os.sched_getaffinity(0)) // int(gpus))
     env.setdefault('OMP_NUM_THREADS', str(threads))
     env.setdefault('MKL_NUM_THREADS', env['OMP_NUM_THREADS'])
+    # seconds that processes have to save after SIGTERM; older torch gives them 30
+    env.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '600')
+    api._terminate_process_handler = raise_once
     try:
         run.main([
             f'--nnodes={nodes}',
@@ -35,10 +55,14 @@ def main(gpus, *command):
             f'--master-addr={env.get("MASTER_ADDR", "127.0.0.1")}',
             f'--master-port={env.get("PORT") or (free_port() if nodes == "1" else 29500)}',
             *command])
+    except SignalException as stop:
+        terminated(128 + stop.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == 2:       # bad input, and the process has said so in one sentence
             sys.exit(2)
+        if failure.exitcode in (TERMINATED, -signal.SIGTERM):
+            terminated()
         how = (f'was killed by {failure.signal_name()}' if failure.exitcode < 0
                else f'ended with status {failure.exitcode}')
         sys.exit(f'error: the process of rank {rank} {how}; torchrun has ended the others.')

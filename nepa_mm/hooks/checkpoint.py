@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there, whatever happens while they are written."""
 import os
-import signal
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -10,11 +9,17 @@ from mmengine import dist
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop
+from mmengine.runner import BaseLoop, IterBasedTrainLoop
 
-from ..checkpoint import find_whole_checkpoint, read_checkpoint, written_whole
-
-SIGNAL_INTERVAL = 10
+from ..checkpoint import (
+    find_whole_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+    written_whole,
+)
+from ..disks import lock_folder, survive_full_disk
+from ..sigterm import STATUS, listen, request, restore, shield_workers
+from .guard import NonFiniteGuardHook
 
 
 class WholeLocalBackend(LocalBackend):
@@ -33,9 +38,14 @@ class WholeLocalBackend(LocalBackend):
         self.outdated.append(filepath)
 
     def remove_outdated(self):
-        """Remove what was noted."""
+        """Remove what was noted, if it is files."""
         while self.outdated:
-            Path(self.outdated.pop()).unlink(missing_ok=True)
+            path = Path(self.outdated.pop())
+            if path.is_file():
+                path.unlink(missing_ok=True)
+
+    def rmtree(self, dir_path):
+        """Keep a folder: a checkpoint is none."""
 
 
 register_backend('whole', WholeLocalBackend)
@@ -52,8 +62,9 @@ class WholeCheckpointHook(CheckpointHook):
       about newer ones that are not. What it resumes is read as tensors and plain values
       only, never as a pickle that could execute something.
     - SIGTERM (Slurm, spot instances) ends the run after the update at hand, among several
-      processes at most 10 iterations later (they have to agree), with
-      ``interrupted.pth`` to resume from, and the exit status 143.
+      processes one or two updates later (they have to agree), with ``interrupted.pth``
+      to resume from, and the exit status 143. Workers of data loaders ignore it. The
+      validation in which it came is repeated by the run that resumes.
 
     Args:
         on_write_error (str): 'warn' lets the run go on without that checkpoint, and try
@@ -74,18 +85,28 @@ class WholeCheckpointHook(CheckpointHook):
                              'CheckpointHook for others.')
         super().__init__(**dict(kwargs, backend_args=dict(backend='whole')))
         self.on_write_error = on_write_error
+        self.listening = self.validating = False
 
     def before_run(self, runner):
-        """Choose what to resume, before the Runner reads it."""
-        if not runner._resume or runner._has_loaded or not isinstance(runner._train_loop, BaseLoop):
+        """Take the folder for this run alone, and choose what to resume, before that is read."""
+        if not isinstance(runner._train_loop, BaseLoop):
             return
-        if runner._load_from is not None:
-            if '://' not in str(runner._load_from):
+        survive_full_disk(runner.visualizer, runner.logger)
+        folder = runner.work_dir
+        if self.out_dir not in (None, folder):      # mmengine's rule
+            folder = os.path.join(self.out_dir, os.path.basename(folder.rstrip(os.sep)))
+        auto = runner._resume and not runner._has_loaded and runner._load_from is None
+        needed = ('optimizer', 'message_hub') + ('param_schedulers',) * bool(
+            runner.param_schedulers)
+        found = [self._take(folder, auto, needed) if dist.is_main_process() else None]
+        dist.broadcast_object_list(found)
+        refusal, file, problems = found[0]
+        if refusal:
+            raise ValueError(refusal)
+        if not auto:
+            if runner._resume and not runner._has_loaded and '://' not in str(runner._load_from):
                 read_checkpoint(runner._load_from)
             return
-        found = [find_whole_checkpoint(runner.work_dir) if dist.is_main_process() else None]
-        dist.broadcast_object_list(found)
-        file, problems = found[0]
         for problem in problems:
             runner.logger.warning(f'Not resumed: {problem}')
         if file is None:
@@ -95,49 +116,93 @@ class WholeCheckpointHook(CheckpointHook):
             runner.logger.info(f'The newest whole checkpoint is {file}.')
             runner._load_from = file
 
-    def before_train(self, runner):
-        """Listen to SIGTERM."""
-        super().before_train(runner)
-        self.terminated = self.stopping = False
-        try:
-            self.previous = signal.signal(signal.SIGTERM, self._terminate)
-        except ValueError:      # only the main thread may listen
-            self.previous = None
+    def _take(self, folder, auto, needed):
+        """Lock a folder and clean it up: (why it is refused, what to resume, what is damaged)."""
+        self.lock = lock_folder(folder)
+        if self.lock is None:
+            return (f'Another run writes into {folder}; wait for its end, or give another '
+                    '--work-dir.', None, [])
+        for name in ('epoch_*.pth', 'iter_*.pth', 'best_*.pth', 'interrupted.pth',
+                     'last_checkpoint'):
+            remove_leftovers(Path(folder, name))
+        return (None, *(find_whole_checkpoint(folder, needed) if auto else (None, [])))
 
-    def _terminate(self, signum, frame):
-        self.terminated = True
+    def after_load_checkpoint(self, runner, checkpoint):
+        """Learn whether the run was interrupted in a validation."""
+        self.validating = runner._resume and checkpoint['meta'].get('validating', False)
+
+    def before_train(self, runner):
+        """Listen to SIGTERM, and repeat the validation that it interrupted."""
+        _leave_names(runner.message_hub.runtime_info)
+        super().before_train(runner)
+        if self.save_best is not None and len(self.key_indicators) == 1:
+            self.best_ckpt_path = self._own(self.best_ckpt_path)
+        elif self.save_best is not None:
+            self.best_ckpt_path_dict = {
+                key: self._own(name) for key, name in self.best_ckpt_path_dict.items()}
+        loops = [loop for loop in (runner.train_loop, runner.val_loop) if loop is not None]
+        for loop in loops:
+            shield_workers(loop.dataloader)
+        self.guarded = any(isinstance(hook, NonFiniteGuardHook) and hook.watching
+                           for hook in runner.hooks)
+        self.previous, self.listening = listen(), True
+        if self.validating and runner.val_loop is not None:
+            runner.logger.info('Repeating the validation that SIGTERM interrupted.')
+            runner.val_loop.run()
+            if os.path.isfile(os.path.join(self.out_dir, self._name(self._step(runner)))):
+                self.file_backend.remove(os.path.join(self.out_dir, 'interrupted.pth'))
+                self.file_backend.remove_outdated()
+
+    def _own(self, name):
+        return name and os.path.join(self.out_dir, name)
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        """Save names of files, for the folder of a run may be moved or copied."""
+        _leave_names(checkpoint['message_hub']['runtime_info'])
+
+    def _step(self, runner):
+        return runner.epoch if self.by_epoch else runner.iter
 
     def after_train(self, runner):
         """Stop listening."""
-        super().after_train(runner)
-        self._stop_listening()
-
-    def _stop_listening(self):
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
+        with self._all_or_nothing(runner):
+            super().after_train(runner)
+        restore(self.previous)
+        self.listening = False
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Save if it is time to; if SIGTERM came, save and exit."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        self.stopping = self.stopping or self._somebody_is_terminated(runner)
-        if self.stopping and runner.optim_wrapper.should_update():
-            runner.logger.warning('SIGTERM: saving interrupted.pth and exiting.')
-            with self._all_or_nothing(runner):
-                self._write(runner, 'interrupted.pth',
-                            dict(epoch=runner.epoch, iter=runner.iter + 1))
-            dist.barrier()
-            self._stop_listening()
-            raise SystemExit(128 + signal.SIGTERM)
+        if runner.optim_wrapper.should_update() and (
+                request.agreed if self.guarded and dist.get_world_size() > 1
+                else self._somebody_is_terminated()):
+            self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter + 1,
+                                validating=_validation_follows(runner))
 
-    def _somebody_is_terminated(self, runner):
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """If SIGTERM came in a validation of a training, save and exit."""
+        if not self.listening:
+            return
+        loader = runner.val_loop.dataloader
+        common = len(loader.dataset) // dist.get_world_size() // (loader.batch_size or 1)
+        # processes may have one batch more than others
+        if batch_idx < common and self._somebody_is_terminated():
+            self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter, validating=True)
+
+    @staticmethod
+    def _somebody_is_terminated():
         if dist.get_world_size() == 1:
-            return self.terminated
-        if (runner.iter + 1) % SIGNAL_INTERVAL:
-            return False
-        device = dist.get_comm_device()
-        terminated = torch.tensor(int(self.terminated), device=device)
+            return request.received
+        terminated = torch.tensor(int(request.received), device=dist.get_comm_device())
         dist.all_reduce(terminated, 'max')
         return bool(terminated.item())
+
+    def _save_and_exit(self, runner, **meta):
+        runner.logger.warning('SIGTERM: saving interrupted.pth and exiting.')
+        with self._all_or_nothing(runner):
+            self._write(runner, 'interrupted.pth', meta)
+        dist.barrier()
+        raise SystemExit(STATUS)
 
     def _save_checkpoint_with_step(self, runner, step, meta):
         with self._all_or_nothing(runner):
@@ -172,7 +237,7 @@ class WholeCheckpointHook(CheckpointHook):
     def _all_or_nothing(self, runner):
         """Remove what is outdated if all was written; else forget that writing was tried."""
         own = {name: copy(value) for name, value in vars(self).items()
-               if name not in ('file_backend', 'terminated')}
+               if name != 'file_backend'}
         info = dict(runner.message_hub.runtime_info)
         outer, self.writing = getattr(self, 'writing', False), True
         try:
@@ -188,7 +253,32 @@ class WholeCheckpointHook(CheckpointHook):
             runner.message_hub.runtime_info.update(info)
             if self.on_write_error == 'raise':
                 raise
-            runner.logger.warning(f'The checkpoint could not be written, the run goes on without '
-                                  f'it: {error}')
+            # with the iteration, for mmengine logs equal warnings once
+            runner.logger.warning(f'The checkpoint of iteration {runner.iter} could not be '
+                                  f'written, the run goes on without it: {error}')
         finally:
             self.writing = outer
+
+
+def _leave_names(info):
+    """Of what a checkpoint says about files leave names of checkpoints, and numbers.
+
+    It may come from another folder, or from a stranger, and these files will be removed.
+    """
+    for key, value in list(info.items()):
+        if key == 'last_ckpt' or key.startswith('best_ckpt'):
+            name = Path(str(value)).name
+            info[key] = name if name.startswith('best_') or key == 'last_ckpt' else None
+        elif key.startswith('best_score') and not isinstance(value, (int, float)):
+            del info[key]
+    ids = info.get('keep_ckpt_ids', [])
+    info['keep_ckpt_ids'] = [step for step in ids if type(step) is int] if (
+        isinstance(ids, list)) else []
+
+
+def _validation_follows(runner):
+    """Whether a loop that counts iterations validates after this one, which a resume goes past."""
+    loop, done = runner.train_loop, runner.iter + 1
+    return (isinstance(loop, IterBasedTrainLoop) and runner.val_loop is not None
+            and done >= loop.val_begin
+            and (done % loop.val_interval == 0 or done == loop.max_iters))

@@ -12,6 +12,7 @@ from mmengine.registry import HOOKS
 from torch.optim import Adam, AdamW
 
 from ..fsdp import whole
+from ..sigterm import request
 
 WINDOW = 100
 
@@ -31,6 +32,9 @@ class NonFiniteGuardHook(Hook):
     Other optimizers, and clipping by value or by mmengine's OptimWrapper, which waits itself,
     have that norm measured and the host wait for it before each step. AmpOptimWrapper is left
     alone: its loss scaler makes and skips infinite gradients on purpose.
+
+    Whether a process got SIGTERM goes with what the processes tell one another of each step, for
+    WholeCheckpointHook.
 
     A step left out counts for the schedule, and for the moving average, which goes once more
     towards weights that stayed where they were: with momentum 1e-4 by 1e-4 of their distance.
@@ -53,6 +57,11 @@ class NonFiniteGuardHook(Hook):
         self.max_skipped, self.spike = max_skipped, spike
         self.replaced, self.handle = [], None
         self.pending = None     # what _measure noted and _look has not seen yet
+
+    @property
+    def watching(self):
+        """bool: Whether it stands between the loss and the optimizer."""
+        return bool(self.replaced)
 
     def before_train(self, runner):
         """Stand between the loss and the optimizer, and before checkpoints."""
@@ -133,14 +142,15 @@ class NonFiniteGuardHook(Hook):
         values = torch.stack([value.float().reshape(())
                               for value in (norm, *(loss for _, loss in seen))])
         bad = (~values.isfinite()).any().float()
-        dist.all_reduce(bad, 'max')     # all stop or skip together
-        values, event = torch.cat([bad[None], values]), None
+        flags = torch.stack([bad, torch.full_like(bad, request.received)])
+        dist.all_reduce(flags, 'max')   # all stop or skip together
+        values, event = torch.cat([flags, values]), None
         if values.is_cuda:
             values = values.to('cpu', non_blocking=True)    # which torch has pinned
             event = torch.cuda.Event()
             event.record()
         self.pending = runner.iter + 1, [samples for samples, _ in seen], values, event
-        return bad
+        return flags[0]
 
     def _look(self, runner):
         """Whether the step that was measured last is good."""
@@ -149,7 +159,8 @@ class NonFiniteGuardHook(Hook):
         (iteration, batches, values, event), self.pending = self.pending, None
         if event is not None:
             event.synchronize()     # long past, but before a checkpoint or the like
-        bad, norm, *losses = values.tolist()
+        bad, terminated, norm, *losses = values.tolist()
+        request.agreed = request.agreed or bool(terminated)
         if not bad:
             self._watch(runner, iteration, norm)
             return True

@@ -14,6 +14,7 @@ from ..classes import align
 from ..fsdp import is_sharded
 from ..knn import extract_features, knn_scores
 from ..pipelines import use_one_reader
+from ..sigterm import shield_workers
 
 
 @contextmanager
@@ -129,6 +130,7 @@ class OnlineProbeHook(Hook):
                 for loader in (self.bank, self.queries))
         for loader in (self.bank, self.queries):
             use_one_reader(loader.dataset, runner.model)
+            shield_workers(loader)
         for sentence in align(self.queries.dataset, 'query_dataloader', self.bank.dataset,
                               'bank_dataloader'):
             runner.logger.warning(sentence)

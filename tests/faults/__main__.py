@@ -14,8 +14,12 @@ warnings.filterwarnings('ignore')
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from .disks import CASES as DISK_CASES  # noqa: E402
+from .disks import disks  # noqa: E402
 from .files import checkpoints, converter, images  # noqa: E402
 from .kills import kills  # noqa: E402
+from .signals import CASES as SIGNAL_CASES  # noqa: E402
+from .signals import signals  # noqa: E402
 from .sizes import backbone, patches, rope  # noqa: E402
 
 CROP = dict(scale=28, crop_ratio_range=(0.08, 1.))
@@ -24,6 +28,8 @@ FAST = [dict(type='LoadRandomResizedCrop', **CROP)]
 # title, campaign, number in full, number under pytest
 CAMPAIGNS = [
     ('SIGKILL while training and saving; resumed runs bit for bit', kills, 100, 50),
+    ('SIGTERM to process, group or all; resumed runs bit for bit', signals, len(SIGNAL_CASES), 3),
+    ('full disks, odd files, two runs, leftovers', disks, len(DISK_CASES), 4),
     ('damaged checkpoints of a run', checkpoints, 1000, 200),
     ('damaged images, LoadWholeImage', partial(images, steps=WHOLE), 1000, 1000),
     ('damaged images, LoadRandomResizedCrop', partial(images, steps=FAST), 1000, 1000),
