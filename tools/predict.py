@@ -67,9 +67,10 @@ def classify(infer, args, source):
         scores = result['pred_scores']
         top = np.argsort(-scores)[:5]
         names = [infer.classes[i] if infer.classes else f'class {i}' for i in top]
-        print(f'{image} -> {page}')
+        print(image)
         for name, score in zip(names, scores[top]):
             print(f'  {score:6.2%}  {name}')
+        print(f'  -> {page}')
         fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
         left.imshow(to_picture(pixels))
         left.axis('off')
