@@ -16,6 +16,7 @@ import torch  # noqa: E402
 
 from .files import checkpoints, converter, images  # noqa: E402
 from .kills import kills  # noqa: E402
+from .shards import shards  # noqa: E402
 from .sizes import backbone, patches, rope  # noqa: E402
 
 CROP = dict(scale=28, crop_ratio_range=(0.08, 1.))
@@ -27,6 +28,7 @@ CAMPAIGNS = [
     ('damaged checkpoints of a run', checkpoints, 1000, 200),
     ('damaged images, LoadWholeImage', partial(images, steps=WHOLE), 1000, 1000),
     ('damaged images, LoadRandomResizedCrop', partial(images, steps=FAST), 1000, 1000),
+    ('damaged tar and Parquet shards and their index', shards, 600, 100),
     ('damaged weights and configs in the converter', converter, 1000, 400),
     ('patches of images of any size', patches, 1000, 1000),
     ('RoPE on grids of any size', rope, 1000, 1000),
