@@ -15,7 +15,7 @@ from pyarrow import parquet
 from nepa_mm import shards
 from nepa_mm.reading import DataError
 
-from .tiny_runs import run_train, save_image, save_pretraining
+from .tiny_runs import run_script, run_train, save_image, save_pretraining
 
 PIPELINE = [dict(type='LoadWholeImage'), dict(type='PackInputs')]
 
@@ -265,3 +265,21 @@ def test_training_with_workers(images, save, root):
         dict(type='LoadRandomResizedCrop', scale=28), steps[-1]])
     cfg.dump('shards.py')
     assert run_train(['shards.py', '--work-dir', 'work']).iter == 4
+
+
+@pytest.mark.parametrize('suffix', ['tar', 'parquet'])
+def test_damage_as_a_command(images, suffix):
+    """One flipped bit in the header of the third member, or in the last bytes of a table."""
+    (save_tars if suffix == 'tar' else save_parquet)(images)
+    file = next(path for path in sorted(Path().rglob(f'*.{suffix}')))
+    content = bytearray(file.read_bytes())
+    content[content.index(b'ustar', 1024 + 512) if suffix == 'tar' else -1] ^= 1
+    file.write_bytes(content)
+    cfg = Config.fromfile(save_pretraining())
+    cfg.train_dataloader.num_workers = 2
+    cfg.train_dataloader.dataset = dict(
+        type='ImageNetShards', data_root=file.parts[0], pipeline=PIPELINE)
+    cfg.dump('shards.py')
+    code, said = run_script('train.py', 'shards.py', cwd=Path.cwd())
+    assert code == 2 and said.count('error: ') == 1 and 'Traceback' not in said, said
+    assert file.name in said.splitlines()[-1] and not list(Path().rglob('.nepa_mm_index*'))

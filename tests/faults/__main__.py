@@ -28,7 +28,7 @@ CAMPAIGNS = [
     ('damaged checkpoints of a run', checkpoints, 1000, 200),
     ('damaged images, LoadWholeImage', partial(images, steps=WHOLE), 1000, 1000),
     ('damaged images, LoadRandomResizedCrop', partial(images, steps=FAST), 1000, 1000),
-    ('damaged tar and Parquet shards and their index', shards, 600, 100),
+    ('damaged tar and Parquet shards and their index', shards, 600, 90),
     ('damaged weights and configs in the converter', converter, 1000, 400),
     ('patches of images of any size', patches, 1000, 1000),
     ('RoPE on grids of any size', rope, 1000, 1000),
