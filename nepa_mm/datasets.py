@@ -14,6 +14,7 @@ from mmpretrain.datasets.transforms import PackInputs, RandomResizedCrop
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from .outputs import own_folder
 from .reading import (
     check_color_type,
     decode_image,
@@ -127,7 +128,11 @@ def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
         num_train (int): Training scenes, of training digits. Defaults to 100.
         num_val (int): Validation scenes, of test digits. Defaults to 100.
         seed (int): A scene depends on it and on its own number only. Defaults to 0.
+
+    Raises:
+        FileExistsError: The folder holds anything else.
     """
+    own_folder(Path(folder), '.nepa_mm_scenes')
     for split, part, num in (('train', 'training', num_train), ('test', 'validation', num_val)):
         images, labels = (Path(folder) / kind / part for kind in ('images', 'annotations'))
         images.mkdir(parents=True, exist_ok=True)

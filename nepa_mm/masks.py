@@ -15,6 +15,7 @@ from mmengine.registry import METRICS, TRANSFORMS
 from . import stack
 from .classes import leaves
 from .config_keys import dicts
+from .pictures import pages_of
 from .pipelines import slots
 from .reading import DataError
 
@@ -172,9 +173,19 @@ class LoadCheckedMask(LoadAnnotations):
 class CheckedIoUMetric(IoUMetric):
     """mmseg's IoUMetric, which names the classes that the ground truth has no pixel of.
 
+    Label maps of images of the same name in two folders have names of their own.
+
     Raises:
         DataError: The ground truth has no pixel of any class: all figures would be nan.
     """
+
+    pages = {}      # the label map of each image
+
+    def process(self, data_batch, data_samples):
+        """Count pixels, and write label maps where ``output_dir`` is set."""
+        super().process(data_batch, [
+            dict(sample, img_path=str(self.pages.get(sample['img_path'], sample['img_path'])))
+            for sample in data_samples])
 
     def compute_metrics(self, results):
         """The figures of IoUMetric."""
@@ -271,6 +282,8 @@ def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
                 replaced.add('LoadAnnotations by LoadCheckedMask')
     for metric in metrics:
         if type(metric) is IoUMetric:
-            metric.__class__ = CheckedIoUMetric     # which adds no state
+            metric.__class__ = CheckedIoUMetric
+            if metric.output_dir:
+                metric.pages = pages_of(dataset, metric.output_dir)
             replaced.add('IoUMetric by CheckedIoUMetric')
     return [f'Replaced: {join(sorted(replaced))}.'] if replaced else []

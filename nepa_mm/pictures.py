@@ -1,43 +1,49 @@
 """Pictures of predictions: what the network saw of each image, under a name of its own."""
 from pathlib import Path
+from unittest import mock
 
+from mmengine import dist
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmpretrain.engine import VisualizationHook
 
+from .outputs import page_names
 from .reading import read_image, to_picture
 
 
-def page_names(images, out_dir):
-    """A file for the picture of each image, none of them twice and none of them an image.
-
-    Args:
-        images (Iterable[str]): Paths of the images.
-        out_dir (str): Folder of the pictures.
-
-    Yields:
-        Path: ``x.png``; where that is taken with the image's folder, or else a number.
-    """
-    images = [Path(image) for image in images]
-    taken = {image.resolve() for image in images}
-    for image in images:
-        stem = image.stem[:60]      # file names are limited to 255 bytes
-        path, n = Path(out_dir) / f'{stem}.png', 1
-        if path.resolve() in taken and image.parent.name:
-            stem = f'{image.parent.name[:60]}_{stem}'
-            path = path.with_name(f'{stem}.png')
-        while path.resolve() in taken:
-            n += 1
-            path = path.with_name(f'{stem}_{n}.png')
-        taken.add(path.resolve())
-        yield path
-
-
 def pages_of(dataset, out_dir):
-    """The pages of a data set's files, by path; of all of them, so that processes agree."""
+    """The pages of a data set's files, by path; every process gets those of the first.
+
+    The log says how many are not named after the file alone.
+    """
     infos = [dataset.get_data_info(i) for i in range(len(dataset))] if hasattr(
         dataset, 'get_data_info') else []
-    paths = [info['img_path'] for info in infos if info.get('img_path')]
-    return dict(zip(paths, page_names(paths, out_dir)))
+    paths = list(dict.fromkeys(info['img_path'] for info in infos if info.get('img_path')))
+    pages = [dict(zip(paths, page_names(paths, out_dir)))]
+    dist.broadcast_object_list(pages)
+    other = [path for path in paths if pages[0][path].stem != Path(path).stem]
+    if other:
+        print_log(f'{len(other)} of {len(paths)} names in {out_dir} were taken: '
+                  f'{other[0]} becomes {pages[0][other[0]].name}, for example.', 'current')
+    return pages[0]
+
+
+def page_of(sample, pages, out_dir):
+    """The page of a sample, also of one that was made without a file."""
+    path = sample.get('img_path')
+    return pages.get(path) or next(page_names([path or str(sample.get('sample_idx'))], out_dir))
+
+
+def drawing():
+    """Let this process draw its share: mmengine's visualizers do nothing but in the first one."""
+    return mock.patch.object(dist.utils, 'is_main_process', return_value=True)
+
+
+def prepare(visualizer, dataset, out_dir):
+    """The pages of a data set, whose classes a visualizer then knows in every process."""
+    with drawing():
+        visualizer.dataset_meta = getattr(dataset, 'metainfo', {})
+    return pages_of(dataset, out_dir)
 
 
 @HOOKS.register_module(force=True)
@@ -51,23 +57,23 @@ class SeenImageHook(VisualizationHook):
         **kwargs: Of mmpretrain's VisualizationHook.
     """
 
-    names = None
+    def before_test(self, runner):
+        """Name the pictures."""
+        self.pages = prepare(self._visualizer, runner.test_dataloader.dataset, self.out_dir)
 
     def after_test_iter(self, runner, batch_idx, data_batch, outputs):
         """Draw a batch of the test."""
-        if self.names is None:
-            self.names = pages_of(runner.test_dataloader.dataset, self.out_dir)
         inputs = data_batch['inputs']
         if outputs and len(inputs) and getattr(inputs[0], 'ndim', 3) == 4:     # views of one batch
             inputs = inputs[0]
         for index, (image, sample) in enumerate(zip(inputs, outputs)):
-            number = len(inputs) * batch_idx + index
-            path = sample.get('img_path')
-            page = self.names.get(path, Path(self.out_dir) / f'{number}.png')
+            number = runner.test_dataloader.batch_size * batch_idx + index
             if number % self.interval == 0:
-                self._visualizer.visualize_cls(
-                    image=to_picture(image.permute(1, 2, 0).cpu().numpy()), data_sample=sample,
-                    name=page.stem, **dict(self.draw_args, out_file=str(page)))
+                page = page_of(sample, self.pages, self.out_dir)
+                with drawing():
+                    self._visualizer.visualize_cls(
+                        image=to_picture(image.permute(1, 2, 0).cpu().numpy()), data_sample=sample,
+                        name=page.stem, **dict(self.draw_args, out_file=str(page)))
 
 
 def segmentation_hook(color_type, out_dir):
@@ -79,17 +85,16 @@ def segmentation_hook(color_type, out_dir):
 
     @HOOKS.register_module(force=True)
     class SeenSegmentsHook(SegVisualizationHook):
-        names = None
+        def before_test(self, runner):
+            self.pages = prepare(self._visualizer, runner.test_dataloader.dataset, out_dir)
 
         def after_test_iter(self, runner, batch_idx, data_batch, outputs):
-            if self.names is None:
-                self.names = pages_of(runner.test_dataloader.dataset, out_dir)
             for sample in outputs:
-                path = sample.img_path
-                page = self.names.get(path, Path(out_dir) / f'{Path(path).stem}.png')
-                self._visualizer.add_datasample(
-                    page.stem, to_picture(read_image(path, color_type)),
-                    data_sample=sample.numpy(),     # a mask of 1 x 1 would be an index else
-                    show=self.show, wait_time=self.wait_time, out_file=str(page))
+                page = page_of(sample, self.pages, out_dir)
+                with drawing():
+                    self._visualizer.add_datasample(
+                        page.stem, to_picture(read_image(sample.img_path, color_type)),
+                        data_sample=sample.numpy(),     # a mask of 1 x 1 would be an index else
+                        show=self.show, wait_time=self.wait_time, out_file=str(page))
 
     return SeenSegmentsHook.__name__

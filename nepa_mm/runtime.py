@@ -10,6 +10,7 @@ import gc
 import os
 import subprocess
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -24,6 +25,7 @@ from .checkpoint import find_whole_checkpoint
 from .config_keys import dicts
 from .errors import one_sentence_errors, part
 from .hooks.probe import kept_random_state
+from .outputs import free_path
 from .pipelines import use_one_reader
 from .reading import IMAGE_SUFFIXES, UnreadableImageError
 from .run_check import RunCheckHook, check_batches, check_length
@@ -230,6 +232,7 @@ def start_runner(cfg, start, stage):
         ValueError: Something cannot be built; the sentence begins with the part of the config.
     """
     check_complete(cfg, stage)
+    spare_config(cfg)
     start.before_writing(cfg)
     if cfg.get('default_scope') == 'mmseg':
         from .segmentation_data import check_not_empty
@@ -264,6 +267,13 @@ def start_runner(cfg, start, stage):
             look_at(runner, 'val_dataloader', runner.val_dataloader.dataset,
                     runner.val_loop.evaluator.metrics)
     return runner
+
+
+def spare_config(cfg):
+    """Let the copy of a config that a Runner writes not take the place of the config itself."""
+    file, copy = Path(cfg.filename or ''), Path(cfg.work_dir) / Path(cfg.filename or '').name
+    if copy.is_file() and copy.samefile(file) and cfg.pretty_text != file.read_text():
+        object.__setattr__(cfg, '_filename', str(free_path(copy)))
 
 
 def look_at(runner, name, dataset, metrics=()):

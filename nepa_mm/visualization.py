@@ -271,7 +271,7 @@ def draw_page(path, name, image, view, source, settings, causal):
     """Draw one image's page.
 
     Args:
-        path (Path): The file; replaced if it exists.
+        path (Path): The file; nothing is there.
         name (str): Of the image.
         image (ndarray): What the network saw, (height, width, 3), uint8.
         view (View): Its maps.
@@ -328,8 +328,7 @@ def draw_sheet(path, entries, source, settings, causal):
 
 
 def save(figure, path):
-    """Write a figure whole, in place of an older one."""
-    path.unlink(missing_ok=True)
+    """Write a figure whole."""
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)

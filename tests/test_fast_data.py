@@ -179,7 +179,7 @@ def test_nothing_half_written(imagenet, tmp_path, monkeypatch):
     (['imagenet', 'imagenet/small'], 'error: imagenet/small is within imagenet; give a target'),
     (['empty', 'small'], 'error: empty holds no image.'),
     (['imagenet', 'small', '--quality', '100'], 'error: --short-side and --workers must be'),
-    (['imagenet', 'other'], "error: other holds images made with {'short_side': 320")])
+    (['imagenet', 'other'], 'error: other holds images made with {"short_side": 320')])
 def test_bad_input(imagenet, tmp_path, monkeypatch, capsys, args, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()

@@ -242,12 +242,13 @@ def test_segmentation(folder):
     """Always class 1, which is a quarter of the pixels: IoU 0 and 25 %."""
     segmentor = save_segmentor()
     for flags in ([], ['--tta']):
-        metrics = run_test([*segmentor, '--out', 'maps', '--show-dir', 'shown', *flags])
+        maps, shown = (Path(f'{folder}{len(flags)}') for folder in ('maps', 'shown'))
+        metrics = run_test([*segmentor, '--out', str(maps), '--show-dir', str(shown), *flags])
         assert (metrics['mIoU'], metrics['aAcc']) == (12.5, 25.0)
-    for name in '01':
-        label_map = np.array(Image.open(f'maps/{name}.png'))
-        assert label_map.shape == (28, 32) and (label_map == 1).all()
-    assert len(list(Path('shown').rglob('*.png'))) == 2
+        for name in '01':
+            label_map = np.array(Image.open(maps / f'{name}.png'))
+            assert label_map.shape == (28, 32) and (label_map == 1).all()
+        assert len(list(shown.rglob('*.png'))) == 2
 
 
 def test_bad_input_of_test(pretrain, classifier, folder):

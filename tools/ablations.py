@@ -29,7 +29,9 @@ from rich.table import Table  # noqa: E402
 
 with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an optional package
     import nepa_mm  # noqa: F401
+from nepa_mm.errors import one_sentence_errors  # noqa: E402
 from nepa_mm.hooks import NEPAMonitorHook  # noqa: E402
+from nepa_mm.outputs import own_folder  # noqa: E402
 from nepa_mm.trials import train, train_on_few_labels  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
@@ -218,7 +220,8 @@ def main(argv=None):
                         help='pretrainings per row (default: 1)')
     args = parser.parse_args(argv)
     console, begin, out = Console(file=sys.stdout, soft_wrap=True), time.time(), args.work_dir
-    out.mkdir(parents=True, exist_ok=True)
+    with one_sentence_errors():
+        own_folder(out, '.nepa_mm_ablations')
 
     console.print(f'Pretraining {len(ROWS)} ways on digits; then fine-tuning on {LABELS} '
                   f'labels, {DRAWS} times.')

@@ -37,6 +37,7 @@ from mmengine.registry import init_default_scope
 from nepa_mm import peers, runtime, workloads
 from nepa_mm.datasets import resize_image
 from nepa_mm.hooks.throughput import flops_per_image, peak_flops
+from nepa_mm.outputs import check_new
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 BASES = CONFIGS / '_base_'
@@ -382,6 +383,8 @@ def main(argv=None):
     if getattr(args, 'precision', None) == 'bf16' and get_device() == 'cpu':
         warn_of_slow_bf16()
     with runtime.one_sentence_errors():
+        if getattr(args, 'json', None):
+            check_new(args.json, '--json')
         return args.run(args)
 
 

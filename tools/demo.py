@@ -37,7 +37,9 @@ with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an opti
     import nepa_mm  # noqa: F401
 from nepa_mm.checkpoint import load_pretrained  # noqa: E402
 from nepa_mm.datasets import write_digit_scenes  # noqa: E402
+from nepa_mm.errors import one_sentence_errors  # noqa: E402
 from nepa_mm.knn import knn_accuracy  # noqa: E402
+from nepa_mm.outputs import own_folder  # noqa: E402
 from nepa_mm.runtime import load_config  # noqa: E402
 from nepa_mm.trials import train, train_on_few_labels  # noqa: E402
 
@@ -277,7 +279,8 @@ def main(argv=None):
                         help='runs per start and number of labels (default: 3)')
     args = parser.parse_args(argv)
     console, begin, out = Console(file=sys.stdout), time.time(), args.work_dir
-    out.mkdir(parents=True, exist_ok=True)
+    with one_sentence_errors():
+        own_folder(out, '.nepa_mm_demo')
     torch.set_num_threads(1)
 
     console.print('NEPA reads the 16 patches of a digit in order and predicts the next one.')

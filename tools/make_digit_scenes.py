@@ -7,6 +7,7 @@ The data of configs/demo/digits_upernet.py; see nepa_mm.datasets.digit_scene for
 import argparse
 
 from nepa_mm.datasets import write_digit_scenes
+from nepa_mm.errors import one_sentence_errors
 
 
 def main(argv=None):
@@ -17,7 +18,8 @@ def main(argv=None):
     parser.add_argument('--val', type=int, default=100, help='validation scenes (default: 100)')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
-    write_digit_scenes(args.out, args.train, args.val, args.seed)
+    with one_sentence_errors():
+        write_digit_scenes(args.out, args.train, args.val, args.seed)
     print(f'wrote {args.train} + {args.val} scenes into {args.out}')
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from nepa_mm.outputs import free_path
 from nepa_mm.runtime import one_sentence_errors
 
 PANELS = {  # title: {scalar: (line style, what it stands for)}
@@ -105,15 +106,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='work directory of a run')
-    parser.add_argument('--out', default='log.png', help='image to write (default: log.png)')
+    parser.add_argument('--out', default='log.png', help='image to write, with a number if it '
+                        'exists (default: log.png)')
     args = parser.parse_args(argv)
     with one_sentence_errors():
         runs = {run.rstrip('/'): read_run(run) for run in args.runs}
     short = {name: Path(name).name for name in runs}
     if len(set(short.values())) == len(runs):
         runs = {short[name]: rows for name, rows in runs.items()}
-    draw(runs, args.out)
-    print(f'Wrote {args.out}.')
+    out = free_path(args.out)
+    draw(runs, out)
+    print(f'Wrote {out}.')
 
 
 if __name__ == '__main__':

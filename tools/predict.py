@@ -14,12 +14,15 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 from mmpretrain import ImageClassificationInferencer
 from mmpretrain.apis.model import ModelHub
+from PIL import Image
 
 from nepa_mm import runtime
 from nepa_mm.channels import check_channels, color_type
 from nepa_mm.checkpoint import add_weights_argument, load_all, locate
-from nepa_mm.pictures import page_names
+from nepa_mm.outputs import page_names
 from nepa_mm.reading import read_image, to_picture
+
+LABELS = 'labels'   # folder of label maps, in that of the pictures
 
 
 def parse_args(argv=None):
@@ -67,6 +70,7 @@ def classify(infer, args, source):
         print(image)
         for name, score in zip(names, scores[top]):
             print(f'  {score:6.2%}  {name}')
+        print(f'  -> {page}')
         fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
         left.imshow(to_picture(pixels))
         left.axis('off')
@@ -125,9 +129,13 @@ def segmenter():
             self.visualizer.set_dataset_meta(**self.model.dataset_meta)
             self.visualizer.alpha = 0.8
             for image, pred in zip(inputs, preds):
+                page, pred = next(self.pages), pred.numpy()
+                print(f'{image} -> {page}')
                 self.visualizer.add_datasample(
-                    Path(image).name, to_picture(read_image(image, self.color_type)), pred.numpy(),
-                    draw_gt=False, out_file=str(next(self.pages)))
+                    page.stem, to_picture(read_image(image, self.color_type)), pred,
+                    draw_gt=False, out_file=str(page))
+                labels = page.parent / LABELS / page.name
+                Image.fromarray(pred.pred_sem_seg.data[0].astype(np.uint8)).save(labels)
 
     return Segmenter
 
@@ -147,10 +155,12 @@ def main(argv=None):
         infer, which = build(cfg, weights, args.device, args.weights)
         for image in args.images:       # before the first picture
             read_image(image, infer.color_type)
-        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        out = Path(args.out_dir)
+        out.mkdir(parents=True, exist_ok=True)
         if is_segmentation(cfg):
-            infer.pages = page_names(args.images, args.out_dir)
-            infer(args.images, out_dir=args.out_dir, img_out_dir='', pred_out_dir='labels')
+            (out / LABELS).mkdir(exist_ok=True)
+            infer.pages = page_names(args.images, out, out / LABELS)
+            infer(args.images)
         else:
             classify(infer, args, f'{which} weights of {weights}')
     print(f'pictures of the {which} weights of {weights} are in {args.out_dir}')

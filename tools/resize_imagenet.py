@@ -18,6 +18,7 @@ from mmengine.utils import ProgressBar
 
 from nepa_mm import runtime
 from nepa_mm.datasets import resize_image
+from nepa_mm.outputs import own_folder
 from nepa_mm.reading import IMAGE_SUFFIXES
 
 
@@ -41,14 +42,14 @@ def check(args):
     if args.short_side < 1 or args.workers < 1 or not 1 <= args.quality <= 95:
         raise ValueError('--short-side and --workers must be positive and --quality 1 to 95, got '
                          f'{args.short_side}, {args.workers} and {args.quality}.')
-    settings, note = dict(short_side=args.short_side, quality=args.quality), 'resize.json'
-    if (args.target / note).is_file():
-        before = json.loads((args.target / note).read_text())
-        if before != settings:
-            raise ValueError(f'{args.target} holds images made with {before}, not {settings}; '
-                             'give another target.')
-    args.target.mkdir(parents=True, exist_ok=True)
-    (args.target / note).write_text(json.dumps(settings))
+    settings = json.dumps(dict(short_side=args.short_side, quality=args.quality))
+    own_folder(args.target, 'resize.json')
+    note = args.target / 'resize.json'
+    before = note.read_text()
+    if before not in ('', settings):
+        raise ValueError(f'{args.target} holds images made with {before}, not {settings}; '
+                         'give another target.')
+    note.write_text(settings)
 
 
 def find_images(source):

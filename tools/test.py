@@ -9,6 +9,7 @@ are all of it. --weights raw tests the other.
 import argparse
 import os
 from copy import deepcopy
+from pathlib import Path
 
 import mmengine
 from mmengine.evaluator import DumpResults
@@ -18,6 +19,7 @@ from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases 
 from nepa_mm.cfg_options import add_cfg_options
 from nepa_mm.channels import check_channels, color_type
 from nepa_mm.checkpoint import add_weights_argument, load_all, locate
+from nepa_mm.outputs import check_new
 from nepa_mm.pictures import SeenImageHook, segmentation_hook
 from nepa_mm.run_check import RunCheckHook
 
@@ -34,10 +36,11 @@ def parse_args(argv=None):
         '--work-dir', help='where logs and metrics go (default: work_dirs/<config name>)')
     parser.add_argument(
         '--out', help='save predictions: a .pkl file for classification, a folder of label maps '
-        '(.png) for segmentation; with --out-item metrics a .json, .yaml or .pkl file')
+        '(.png) for segmentation; with --out-item metrics a .json, .yaml or .pkl file; new')
     parser.add_argument(
         '--out-item', choices=['metrics', 'pred'], default='pred', help='what --out saves')
-    parser.add_argument('--show-dir', help='save pictures of the predictions in this folder')
+    parser.add_argument('--show-dir', help='save pictures of the predictions in this folder, '
+                        'under free names')
     parser.add_argument(
         '--tta', action='store_true', help='test-time augmentation: tta_pipeline and tta_model of '
         'the config; without them, flipping for classification')
@@ -72,7 +75,11 @@ def merge_args(cfg, args):
                          'or configs/segmentation.')
     runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
     cfg.load_from, cfg.resume = locate(args.checkpoint, args.weights), False
+    if args.out:
+        check_new(args.out, '--out')
     if args.show_dir:
+        if args.out and Path(args.out).resolve() == Path(args.show_dir).resolve():
+            raise ValueError(f'--out and --show-dir are both {args.out}; name two folders.')
         show_predictions(cfg, args.show_dir)
     if args.tta:
         augment(cfg)

@@ -24,7 +24,7 @@ from nepa_mm.backbone import NEPAViT
 from nepa_mm.cfg_options import add_cfg_options
 from nepa_mm.channels import check_channels, color_type, preprocessing
 from nepa_mm.checkpoint import add_weights_argument, load_all
-from nepa_mm.pictures import page_names
+from nepa_mm.outputs import page_names
 from nepa_mm.reading import read_image, to_picture
 from nepa_mm.visualization import draw_page, draw_sheet, inspect_image
 
@@ -182,6 +182,7 @@ def main(argv=None):
                  for image in images]
         queries = [choose_query(args.query, path, grid, shift, rng)
                    for path, grid in zip(args.images, grids)]
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     source = args.checkpoint
     if '://' not in source:
         source = '/'.join(Path(source).parts[-2:])
@@ -190,7 +191,6 @@ def main(argv=None):
         attention=f'{"rollout" if args.rollout else "mean"} over '
                   f'{in_words(layers, num_layers, "layer")}, {in_words(heads, num_heads, "head")}',
         pca=in_words([block], num_layers, 'block'))
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     sheets = ['grid'] * (args.grid * math.ceil(len(images) / SHEET))
     pages = page_names([*args.images, *sheets], args.out_dir)
     titles = [Path(path).name for path in args.images]
