@@ -3,8 +3,10 @@
 Configs import it as ``tests.recorder``.
 """
 import json
+import math
 import os
 import signal
+import time
 from pathlib import Path
 
 from mmengine import dist
@@ -18,12 +20,20 @@ class RecorderHook(Hook):
 
     Args:
         stop_at (int, optional): SIGTERM for every process after this iteration.
+        seconds (float): How long an iteration waits. Defaults to 0.
+        broken (int, optional): Index of the iteration whose features are infinite.
     """
 
     priority = 'HIGHEST'    # before schedulers go on
 
-    def __init__(self, stop_at=None):
-        self.stop_at = stop_at
+    def __init__(self, stop_at=None, seconds=0, broken=None):
+        self.stop_at, self.seconds, self.broken = stop_at, seconds, broken
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        time.sleep(self.seconds)
+        if runner.iter == self.broken:
+            self.handle = runner.model.backbone.norm.register_forward_hook(
+                lambda module, args, out: out * math.inf)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         row = dict(update=runner.optim_wrapper.should_update(), loss=outputs['loss'].item(),
@@ -32,5 +42,7 @@ class RecorderHook(Hook):
                    pixels=[float(image.double().sum()) for image in data_batch['inputs']])
         with open(Path(runner.work_dir) / f'record_{dist.get_rank()}.jsonl', 'a') as file:
             print(json.dumps(row), file=file)
+        if runner.iter == self.broken:
+            self.handle.remove()
         if runner.iter + 1 == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
