@@ -40,6 +40,13 @@ def test_a_resumed_run_is_one_curve(resumed):
     assert tool.iters_per_epoch(rows) == 10
 
 
+def test_lines_that_a_kill_cut_are_left_out(resumed):
+    file, *_ = sorted(resumed.glob('*/vis_data/scalars.json'))
+    file.write_bytes(file.read_bytes()[:-9] + b'\xff\x00')
+    code, output = run_script('plot_log.py', resumed, '--out', resumed / 'page.png', cwd=resumed)
+    assert code == 0 and 'Left out 1 of 4 lines' in output and (resumed / 'page.png').is_file()
+
+
 def draw(runs, out, monkeypatch):
     """The curves of each panel by its title, and the figure."""
     monkeypatch.setattr(tool.plt, 'close', lambda figure: None)

@@ -50,12 +50,28 @@ def read_run(path):
                                 'directory of a run.')
     rows = []
     for file in files:
-        part = [json.loads(line) for line in file.read_text().splitlines() if line]
-        part = [row for row in part if 'iter' in row]   # validation rows have none
+        part = [row for row in read_lines(file) if 'iter' in row]   # validation rows have none
         if part:
             rows = [row for row in rows if row['iter'] < part[0]['iter']] + part
     if not rows:
         raise ValueError(f'no training log in {str(path)!r}: its scalars.json files are empty.')
+    return rows
+
+
+def read_lines(file):
+    """The dicts of a file of JSON lines; says how many lines a kill or a full disk cut."""
+    rows, cut = [], 0
+    for line in file.read_text(errors='replace').splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            cut += 1
+    if cut:
+        print(f'Left out {cut} of {len(rows) + cut} lines of {file}: they are cut.')
     return rows
 
 

@@ -96,8 +96,9 @@ class WholeCheckpointHook(CheckpointHook):
         if self.out_dir not in (None, folder):      # mmengine's rule
             folder = os.path.join(self.out_dir, os.path.basename(folder.rstrip(os.sep)))
         auto = runner._resume and not runner._has_loaded and runner._load_from is None
-        needed = ('optimizer', 'message_hub') + ('param_schedulers',) * bool(
-            runner.param_schedulers)
+        needed = ['message_hub'] + ['optimizer'] * self.save_optimizer
+        needed += ['param_schedulers'] * bool(
+            self.save_param_scheduler and runner.param_schedulers)
         found = [self._take(folder, auto, needed) if dist.is_main_process() else None]
         dist.broadcast_object_list(found)
         refusal, file, problems = found[0]
