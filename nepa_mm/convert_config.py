@@ -140,7 +140,7 @@ def recorded_config(meta, path):
 
     Args:
         meta (dict): With ``model`` and ``input``, dicts, as files of ours have them, or
-            ``cfg``, the text that mmengine records.
+            ``config_text``, what mmengine records, see :func:`read_checkpoint`.
         path (str): What error messages call the checkpoint.
 
     Returns:
@@ -151,15 +151,15 @@ def recorded_config(meta, path):
     """
     try:
         config = {name: meta[name] for name in ('model', 'input') if meta.get(name) is not None}
-        if not config and 'cfg' in meta:
-            config = {ast.unparse(node.targets): node.value for node in ast.parse(meta['cfg']).body
-                      if isinstance(node, ast.Assign)}
+        if not config and 'config_text' in meta:
+            config = {ast.unparse(node.targets): node.value for node in
+                      ast.parse(meta['config_text']).body if isinstance(node, ast.Assign)}
             config = {name: _values(config[name]) for name in RECORDED if name in config}
             config['model']
         if 'model' in config and not isinstance(config['model']['type'], str):
             raise TypeError
-    except (AttributeError, IndexError, KeyError, RecursionError, SyntaxError, TypeError,
-            ValueError) as error:
+    except (AttributeError, IndexError, KeyError, MemoryError, RecursionError, SyntaxError,
+            TypeError, ValueError) as error:
         raise ValueError(f'The config that {path} records is damaged, or is more than values: '
                          'give the config file itself.') from error
     return config
@@ -178,7 +178,7 @@ def recorded_values(text):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 with suppress(ValueError, TypeError):
                     values[node.targets[0].id] = _values(node.value)
-    except (SyntaxError, ValueError, TypeError, RecursionError):
+    except (MemoryError, SyntaxError, ValueError, TypeError, RecursionError):
         pass
     return values
 

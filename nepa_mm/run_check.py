@@ -164,7 +164,7 @@ class RunCheckHook(Hook):
     def _check_experiment(self, runner, meta, source):
         """Compare the config that a checkpoint records with that of the run which resumes it."""
         old, new = (recorded_values(text) for text in (
-            str(meta.get('cfg', '')), runner.cfg.pretty_text))
+            str(meta.get('config_text', '')), runner.cfg.pretty_text))
         found = {}
         for key in COMPARED if old else ():
             found |= differences(old.get(key), new.get(key), key)
