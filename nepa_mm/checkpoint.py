@@ -37,6 +37,7 @@ WEIGHTS = (None, 'ema', 'raw')
 PARTS = dict(meta=dict, state_dict=dict, ema_state_dict=dict, message_hub=dict,
              optimizer=dict, param_schedulers=(dict, list))
 META = dict(
+    cfg=lambda value: isinstance(value, str), config=lambda value: isinstance(value, str),
     weights=lambda value: isinstance(value, dict),
     dataset_meta=lambda value: isinstance(value, dict),
     epoch=lambda value: type(value) is int and 0 <= value < 2 ** 53,
@@ -224,10 +225,9 @@ def without_programs(checkpoint):
     for name, good in META.items():
         if meta.get(name) is not None and not good(meta[name]):
             raise ValueError(f'{name} of its meta is {repr(meta[name])[:50]}')
-    texts = [meta.pop(name, None) for name in ('config', 'cfg')]
-    text = next((text for text in texts[::-1] if isinstance(text, str)), None)
-    if text is not None:
-        meta.setdefault('config_text', text)
+    texts = [meta.pop(name, None) for name in ('cfg', 'config')]
+    if any(texts):
+        meta['config_text'] = texts[0] or texts[1]
     hub = checkpoint.get('message_hub', {})
     for name in ('log_scalars', 'runtime_info', 'resumed_keys') if hub else ():
         if not isinstance(hub.get(name), dict):
@@ -347,7 +347,11 @@ def save_weights(state_dict, path, for_transformers=False, **meta):
         FileExistsError: The file exists.
     """
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state_dict.items()}
-    entries = dict(nepa_mm=json.dumps(meta))
+    try:
+        entries = dict(nepa_mm=json.dumps(meta))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'What the checkpoint says beside its tensors is no JSON: {error}.'
+                         ) from error
     if for_transformers:
         entries['format'] = 'pt'
     with written_whole(path) as temporary:

@@ -26,8 +26,9 @@ Beyond these there are the classes that a user allowed by ``torch.serialization.
 import pickle
 import zipfile
 from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,9 @@ STORAGES['torch.storage.UntypedStorage'] = torch.uint8
 NOT_USERS = ('builtins', 'torch', 'numpy', 'collections', '_codecs', 'mmengine')
 
 
-class Name(NamedTuple):
-    """A name in a pickle, and what makes a value of it."""
+@dataclass(frozen=True, eq=False)
+class Name:
+    """A name in a pickle, and what makes a value of it; nothing that a pickle can do opens it."""
 
     name: str
     make: Any
@@ -222,8 +224,7 @@ class Unpickler(pickle._Unpickler):
         tree = super().load()
         level, left = [tree], 20 * (self.file.tell() - begin)
         for _ in range(MAX_DEPTH):
-            level = [node for node in level if isinstance(node, (dict, list, tuple, set))
-                     and not isinstance(node, Name)]
+            level = [node for node in level if isinstance(node, (dict, list, tuple, set))]
             left -= sum(map(len, level))
             if not level or left < 0:
                 break
