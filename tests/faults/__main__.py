@@ -15,6 +15,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from .files import checkpoints, converter, images  # noqa: E402
+from .hostile import hostile  # noqa: E402
 from .kills import kills  # noqa: E402
 from .sizes import backbone, patches, rope  # noqa: E402
 
@@ -25,6 +26,7 @@ FAST = [dict(type='LoadRandomResizedCrop', **CROP)]
 CAMPAIGNS = [
     ('SIGKILL while training and saving; resumed runs bit for bit', kills, 100, 50),
     ('damaged checkpoints of a run', checkpoints, 1000, 200),
+    ('hostile checkpoints through every command', hostile, 2000, 150),
     ('damaged images, LoadWholeImage', partial(images, steps=WHOLE), 1000, 1000),
     ('damaged images, LoadRandomResizedCrop', partial(images, steps=FAST), 1000, 1000),
     ('damaged weights and configs in the converter', converter, 1000, 400),
