@@ -316,7 +316,8 @@ def commands(case):
             *run, 'model.init_cfg.type=Pretrained', f'model.init_cfg.checkpoint={case}'])),
         visualize=('run', lambda: visualize(['../base/pretrain.py', case, image])),
         test=('classifier', lambda: run_test([classify, case, '--work-dir', 'w'])),
-        predict=('classifier', lambda: predict([classify, case, image])),
+        predict=('classifier', lambda: predict([
+            '--model', classify, '--checkpoint', case, image])),
         export=('classifier', lambda: export([classify, case])))
 
 
