@@ -4,6 +4,7 @@ import http.server
 import json
 import threading
 import zipfile
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,13 @@ def test_memory_is_bounded_by_the_file(folder):
            zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match='it is compressed, which torch.save never does'):
         read_checkpoint('bomb.pth')
+
+
+@pytest.mark.parametrize('call', [Counter, set, OrderedDict, torch.Size])
+def test_a_tensor_of_any_length_is_not_iterated(folder, call):
+    torch.save(dict(state_dict=Call(call, torch.ones(1).expand(1000))), 'bad.pth')
+    with pytest.raises(ValueError, match='can be read safely'):
+        read_checkpoint('bad.pth')
 
 
 def test_a_class_that_the_user_trusts(folder, monkeypatch):
