@@ -8,20 +8,42 @@ import zipfile
 from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
+from mmengine import dist
+from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
-from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
+from mmengine.runner.checkpoint import (
+    CheckpointLoader,
+    _get_mmengine_home,
+    _process_mmcls_checkpoint,
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+    get_torchvision_models,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .convert import from_published
 from .convert_config import recorded_model
 from .hub import download
+from .safe_load import safe_load
 
 # Parts of a backbone that every task reads; norms at its output are a task's own.
 INNER = ('patch_embed', 'cls_token', 'register_tokens', 'pos_embed', 'layers')
 WEIGHTS = (None, 'ema', 'raw')
+# what a file may hold in these places, if anything
+PARTS = dict(meta=dict, state_dict=dict, ema_state_dict=dict, message_hub=dict,
+             optimizer=dict, param_schedulers=(dict, list))
+META = dict(
+    cfg=lambda value: isinstance(value, str), config=lambda value: isinstance(value, str),
+    weights=lambda value: isinstance(value, dict),
+    dataset_meta=lambda value: isinstance(value, dict),
+    epoch=lambda value: type(value) is int and 0 <= value < 2 ** 53,
+    iter=lambda value: type(value) is int and 0 <= value < 2 ** 53,
+    seed=lambda value: type(value) is int and 0 <= value < 2 ** 32)
 PUBLISHED_FILES = dict(raw=('model.safetensors', 'pytorch_model.bin'),
                        ema=('pytorch_model_ema.bin',))
 
@@ -59,87 +81,184 @@ def locate(path, weights=None):
     raise FileNotFoundError(f'The folder {path} has no {" and no ".join(names)}.')
 
 
-def read_checkpoint(path, map_location='cpu', weights=None, mmap=False):
-    """Read a checkpoint without executing anything that it contains.
+def read_checkpoint(path, map_location='cpu', weights=None):
+    """Read a checkpoint without executing anything that it contains, see safe_load.py.
 
     Published weights (keys below ``vit_nepa.``) come out in our names.
 
     Args:
-        path (str): A ``.safetensors`` file; any other file is a pickle (read with
-            ``weights_only=True``; mmengine's own log records are allowed); a published
+        path (str): A ``.safetensors`` file; any other file is one of ``torch.save``; a published
             folder or ``hf://owner/name[@revision]``, see :func:`locate`; or an address
             that mmengine's ``CheckpointLoader`` knows.
-        map_location (str): Device of the tensors. Defaults to 'cpu'.
+        map_location (str): Device of the tensors; 'meta' leaves what they hold on the disk.
+            Defaults to 'cpu'.
         weights (str, optional): Which file of a published folder, see :func:`locate`.
             Defaults to None.
-        mmap (bool): Whether tensors of a pickle stay on the disk until they are used. Defaults to
-            False.
 
     Returns:
         dict: A checkpoint with at least the keys ``state_dict`` and ``meta``; published weights
-        also have ``published_names``, a list.
+        also have ``published_names``, a list. Of what OpenMMLab would evaluate, the text of the
+        config is ``meta['config_text']``, and the rest is left out, see :func:`without_programs`.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is torn, is no checkpoint, or is a pickle with other classes; the
             message names the class and how to allow it.
     """
-    located = locate(path, weights)
-    file = Path(located).expanduser()
-    if '://' in located:
-        checkpoint = CheckpointLoader.load_checkpoint(located, map_location)
-    elif not file.is_file():
-        raise FileNotFoundError(f'The checkpoint {path} does not exist.')
-    else:
-        try:
-            checkpoint = _read_file(file, map_location, mmap)
-        except Exception as error:      # torch, pickle, zip and safetensors each raise their own
-            raise ValueError(
-                f'{path} is no checkpoint that can be read safely: {_reason(error)}.') from error
+    checkpoint = load_from_nepa_mm(path, map_location, weights)
     if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
     tensors = checkpoint['state_dict'] if isinstance(checkpoint, dict) else None
-    if not (isinstance(tensors, dict) and tensors
-            and all(isinstance(key, str) and isinstance(tensor, torch.Tensor)
-                    for key, tensor in tensors.items())):
+    if not (_is_state_dict(tensors) and tensors):
         raise ValueError(f'{path} holds no state dict of tensors.')
-    meta = checkpoint['meta'] = checkpoint.get('meta') or {}
-    if not (isinstance(meta, dict) and isinstance(meta.get('weights', {}), dict)):
-        raise ValueError(f'{path} is damaged: its meta is {repr(meta)[:50]}.')
-    if any(key.startswith('vit_nepa.') for key in tensors):
-        which = 'ema' if file.name in PUBLISHED_FILES['ema'] else 'raw'
-        checkpoint = dict(state_dict=from_published(tensors), published_names=list(tensors),
-                          meta=dict(weights=dict(state_dict=which)) | meta)
+    checkpoint.setdefault('meta', {})
     return checkpoint
 
 
-def _read_file(file, map_location, mmap=False):
-    if file.suffix == '.safetensors':
-        with safe_open(file, 'pt', device=str(map_location or 'cpu')) as opened:
-            meta = json.loads((opened.metadata() or {}).get('nepa_mm', '{}'))
-            return dict(state_dict={key: opened.get_tensor(key) for key in opened.keys()},
-                        meta=meta)
-    with torch.serialization.safe_globals(get_torch_safe_globals()):
-        return torch.load(file, map_location, weights_only=True, mmap=mmap)
+@CheckpointLoader.register_scheme(['', *CheckpointLoader._schemes], force=True)
+def load_from_nepa_mm(filename, map_location=None, weights=None):
+    """Take the place of every loader of mmengine, so that each entrance reads as safely.
+
+    Those of mmengine repeat with ``weights_only=False`` what was refused.
+
+    Args:
+        filename (str): See :func:`read_checkpoint`.
+        map_location (str, optional): Device of the tensors. Defaults to None, the CPU.
+        weights (str, optional): See :func:`read_checkpoint`. Defaults to None.
+
+    Returns:
+        Any: What the file holds, as OpenMMLab expects it: other keys than ``state_dict``, too.
+
+    Raises:
+        FileNotFoundError, ValueError: See :func:`read_checkpoint`.
+    """
+    with _local(str(filename), weights) as file:
+        if not file.is_file():
+            raise FileNotFoundError(f'The checkpoint {filename} does not exist.')
+        try:
+            checkpoint = without_programs(_read_file(file, map_location))
+        except Exception as error:      # pickle, zip, torch and safetensors each raise their own
+            raise ValueError(
+                f'{filename} is no checkpoint that can be read safely: {_reason(error)}.'
+            ) from error
+    published = checkpoint
+    if isinstance(checkpoint, dict) and 'state_dict' in checkpoint:
+        published = checkpoint['state_dict']
+    if _is_state_dict(published) and any(key.startswith('vit_nepa.') for key in published):
+        which = 'ema' if file.name in PUBLISHED_FILES['ema'] else 'raw'
+        meta = {} if published is checkpoint else checkpoint.get('meta', {})
+        return dict(state_dict=from_published(published), published_names=list(published),
+                    meta=dict(weights=dict(state_dict=which)) | meta)
+    if str(filename).startswith('mmcls://'):
+        return _process_mmcls_checkpoint(checkpoint)
+    return checkpoint
+
+
+@contextmanager
+def _local(path, weights):
+    """The file behind a path or an address, downloaded if need be."""
+    scheme, _, name = path.rpartition('://')
+    try:
+        if scheme in ('modelzoo', 'torchvision'):
+            path = get_torchvision_models()[name]
+        elif scheme == 'mmcls':
+            path = get_mmcls_models()[name]
+        elif scheme in ('open-mmlab', 'openmmlab'):
+            path = get_external_models()[get_deprecated_model_names().get(name, name)]
+            if '://' not in path:
+                path = str(Path(_get_mmengine_home(), path))
+    except KeyError as error:
+        raise ValueError(f'{scheme}:// has no model {name}.') from error
+    if path.startswith(('http://', 'https://')):
+        yield _downloaded(path)
+    elif '://' in path and not path.startswith('hf://'):
+        with get_local_path(path) as file:
+            yield Path(file)
+    else:
+        yield Path(locate(path, weights)).expanduser()
+
+
+def _downloaded(address):
+    """A file from the web, in the cache of torch.hub as mmengine has it."""
+    file = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(address).path).name)
+    for main in (True, False):      # one process downloads, and the others wait
+        if main == dist.is_main_process() and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(address, str(file), progress=os.isatty(0))
+            except (OSError, ValueError) as error:
+                raise ValueError(f'{address} cannot be downloaded: {error}.') from error
+        if main:
+            dist.barrier()
+    return file
+
+
+def _is_state_dict(tensors):
+    return isinstance(tensors, dict) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor)
+        for key, tensor in tensors.items())
+
+
+def without_programs(checkpoint):
+    """A checkpoint without what OpenMMLab evaluates, imports, or takes for files of its own.
+
+    - ``Runner.resume`` evaluates the text in ``meta['config']``, and inferencers without a config
+      those in ``meta['cfg']`` and ``runtime_info['cfg']``. Imports and the types of a config may be
+      anything, so the text goes to ``meta['config_text']``, where nobody evaluates it.
+    - ``keep_ckpt_ids`` of ``runtime_info`` become names of files that are removed: numbers stay.
+
+    Args:
+        checkpoint (Any): What a file holds; a dict is changed in place.
+
+    Returns:
+        Any: ``checkpoint``.
+
+    Raises:
+        ValueError: A part of it that everybody relies on is something else.
+    """
+    if not isinstance(checkpoint, dict) or _is_state_dict(checkpoint):
+        return checkpoint
+    for name, kinds in PARTS.items():
+        if checkpoint.get(name) is None:
+            checkpoint.pop(name, None)
+        elif not isinstance(checkpoint[name], kinds):
+            raise ValueError(f'its {name} is {repr(checkpoint[name])[:50]}')
+    meta = checkpoint.get('meta', {})
+    for name, good in META.items():
+        if meta.get(name) is not None and not good(meta[name]):
+            raise ValueError(f'{name} of its meta is {repr(meta[name])[:50]}')
+    texts = [meta.pop(name, None) for name in ('cfg', 'config')]
+    if any(texts):
+        meta['config_text'] = texts[0] or texts[1]
+    hub = checkpoint.get('message_hub', {})
+    for name in ('log_scalars', 'runtime_info', 'resumed_keys') if hub else ():
+        if not isinstance(hub.get(name), dict):
+            raise ValueError(f'{name} of its message_hub is {repr(hub.get(name))[:50]}')
+    if hub:
+        hub['runtime_info'].pop('cfg', None)
+        kept = hub['runtime_info'].get('keep_ckpt_ids')
+        if not (isinstance(kept, list) and all(type(number) is int for number in kept)):
+            hub['runtime_info'].pop('keep_ckpt_ids', None)
+    return checkpoint
+
+
+def _read_file(file, map_location):
+    if file.suffix != '.safetensors':
+        return safe_load(file, map_location)
+    with safe_open(file, 'pt', device=str(map_location or 'cpu')) as opened:
+        meta = json.loads((opened.metadata() or {}).get('nepa_mm', '{}'))
+        return dict(state_dict={key: opened.get_tensor(key) for key in opened.keys()}, meta=meta)
 
 
 def _reason(error):
-    """Why torch or safetensors refused, without torch's advice to execute the file."""
+    """Why the file was refused, in a line; of another class also how to allow it."""
     text = str(error)
-    foreign = re.search(r'Unsupported (?:global|class).*?GLOBAL (\S+)', text)
+    foreign = re.search(r'Unsupported global: GLOBAL (\S+)', text)
     if foreign:
         return (f'it holds {foreign[1]}, and what is no tensor, number, text or log record may '
                 'execute something; a class that you trust can be allowed by '
                 'torch.serialization.add_safe_globals, in a module of custom_imports, say')
-    text = text.partition('WeightsUnpickler error: ')[2] or text
-    return text.strip().split('\n')[0].rstrip('.')
-
-
-@CheckpointLoader.register_scheme(
-    [r'hf://', r'.*\.safetensors$', r'(.*/)?pytorch_model(_ema)?\.bin$'])
-def load_from_published(filename, map_location=None):
-    """What mmengine calls for such names, so that ``load_from`` and every tool accept them."""
-    return read_checkpoint(filename, map_location)
+    return text.strip().split('\n')[0].rstrip('.') or type(error).__name__
 
 
 def find_whole_checkpoint(work_dir, needed=('optimizer', 'message_hub')):
@@ -194,7 +313,7 @@ def _progress(file):
         raise ValueError(f'{file} is no file.')
     if not zipfile.is_zipfile(file):
         raise ValueError(f'{file} is torn.')
-    meta = read_checkpoint(file, mmap=True)['meta']     # tensors stay on the disk
+    meta = read_checkpoint(file, 'meta')['meta']        # tensors stay on the disk
     run = meta.get('run')
     seen = run.get('seen') if isinstance(run, dict) else None
     found = [meta.get('iter') if seen is None else seen, meta.get('epoch')]
@@ -274,7 +393,11 @@ def save_weights(state_dict, path, for_transformers=False, **meta):
         FileExistsError: The file exists.
     """
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state_dict.items()}
-    entries = dict(nepa_mm=json.dumps(meta))
+    try:
+        entries = dict(nepa_mm=json.dumps(meta))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'What the checkpoint says beside its tensors is no JSON: {error}.'
+                         ) from error
     if for_transformers:
         entries['format'] = 'pt'
     with written_whole(path) as temporary:

@@ -3,27 +3,15 @@
 Applied by ``stack.register()`` on the classic stack only; the current stack is left as it is.
 """
 import sys
-from codecs import encode
-from contextlib import nullcontext
 from importlib import import_module, metadata, util
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-
-import numpy as np
-import torch
 
 
 def adapt():
     if util.find_spec('mmcv._ext') is None:
         sys.modules['mmcv._ext'] = MissingOperators('mmcv._ext')
     hide_multimodal()
-
-    # mmengine calls torch.load, which since 2.6 refuses the log records in a checkpoint
-    torch.serialization.add_safe_globals(log_record_globals())
-    if not hasattr(torch.serialization, 'safe_globals'):    # before 2.5
-        torch.serialization.safe_globals = nullcontext
-    from mmengine.runner import checkpoint
-    checkpoint.get_torch_safe_globals = list    # the current stack names here what we allowed above
 
 
 class MissingOperators(ModuleType):
@@ -72,11 +60,3 @@ def hide_multimodal():
         import_module('mmpretrain')
     finally:
         importlib_metadata.distribution = distribution
-
-
-def log_record_globals():
-    """What the log records in a checkpoint of mmengine consist of."""
-    from mmengine.logging import HistoryBuffer
-    core = np.core if np.__version__ < '2' else np._core
-    return [HistoryBuffer, encode, getattr, np.ndarray, np.dtype, core.multiarray._reconstruct,
-            core.multiarray.scalar, *(type(np.dtype(name)) for name in ('f8', 'i8', 'u4'))]

@@ -28,6 +28,7 @@ NAMES = {
 PARTS = ('query', 'key', 'value')
 QKV = 'vit_nepa.encoder.layer.{}.attention.attention.query', 'backbone.layers.{}.attn.qkv'
 OUTER = {'fc_norm': 'backbone.fc_norm', 'classifier': 'head.fc'}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # in a file and in no network of ours: the token of masked modelling, which NEPA does not use
 DROPPED = ('vit_nepa.embeddings.mask_token', 'mask_token')
 
@@ -128,7 +129,8 @@ def fit(state_dict, model):
 
     Raises:
         ValueError: The model cannot be built. Or another tensor is missing, one is unknown to
-            the model, or one has another shape; the message names it.
+            the model, or one has another shape, or numbers that are not finite; the message
+            names it.
     """
     last = f'backbone.layers.{model["backbone"]["arch"]["num_layers"] - 1}.ln1.weight'
     if last not in state_dict:      # before a million blocks are built
@@ -149,6 +151,10 @@ def fit(state_dict, model):
         if tensor.shape != wanted[key].shape:
             raise ValueError(f'The tensor {key} has shape {tuple(tensor.shape)}, but the network '
                              f'of its config needs {tuple(wanted[key].shape)}.')
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f'The tensor {key} holds {tensor.dtype}, no floating-point numbers.')
+        if not tensor.isfinite().all():
+            raise ValueError(f'The tensor {key} holds NaN or infinity.')
     dtype = next(iter(state_dict.values())).dtype
     for key in new:
         state_dict[key] = torch.full(wanted[key].shape, float(key.endswith('weight')), dtype=dtype)

@@ -4,7 +4,6 @@ Nothing that a file says is executed: not the text of a recorded config, and no 
 names, but those of this format, is ever built.
 """
 import ast
-import math
 from contextlib import suppress
 from inspect import signature
 
@@ -31,6 +30,12 @@ DEFAULTS = dict(
     drop_path_prob=0., add_pooling_layer=False, is_causal=True, pos_embed_shift=None,
     pos_embed_jitter=None, pos_embed_rescale=2.)
 RECORDED = ('default_scope', 'model', 'data_preprocessor', 'train_dataloader', 'test_dataloader')
+# least value and what all are below, where a size or a count is not just positive
+RANGES = dict(
+    hidden_dropout_prob=(0, 1), attention_probs_dropout_prob=(0, 1), drop_path_prob=(0, 1),
+    layer_norm_eps=(1e-30, 1), rope_theta=(1e-6, 1e12), layerscale_value=(0, 1e6),
+    pos_embed_shift=(0, 1e6), pos_embed_jitter=(1, 1e6), pos_embed_rescale=(1, 1e6),
+    image_size=(1, 2 ** 14), patch_size=(1, 2 ** 14))
 PAIRS = ('image_size', 'patch_size')
 NULLABLE = ('layerscale_value', 'pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale')
 # our argument -> the field that means the same
@@ -67,8 +72,11 @@ def complete_config(config):
         values = full[key] if key in PAIRS and isinstance(full[key], list) else [full[key]]
         if not (all(_known(key, value) for value in values)
                 and (values == [full[key]] or len(values) == 2)):
+            low, high = RANGES.get(key, (1, 2 ** 31))
+            numbers = '' if isinstance(default, (bool, str)) else (
+                f' and it is at least {low} and below {high}')
             raise ValueError(f'{key} cannot be {repr(full[key])[:50]} in a published config; its '
-                             f'default is {default!r}.')
+                             f'default is {default!r}{numbers}.')
     if not isinstance(full.get('id2label', {}), dict):
         raise ValueError('id2label must be an object that maps numbers to names, got '
                          f'{repr(full["id2label"])[:50]}.')
@@ -84,9 +92,9 @@ def _known(key, value):
         return key in NULLABLE
     if isinstance(default, (bool, str)) or isinstance(value, bool):
         return type(value) is type(default)
-    if isinstance(default, int):        # a size or a count: no tensor has as many as 2 ** 31
-        return isinstance(value, int) and 0 < value < 2 ** 31
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    low, high = RANGES.get(key, (1, 2 ** 31))       # no tensor has as many of anything
+    return isinstance(value, int if isinstance(default, int) else (int, float)) and (
+        low <= value < high)
 
 
 def backbone_cfg(config):
@@ -140,7 +148,7 @@ def recorded_config(meta, path):
 
     Args:
         meta (dict): With ``model`` and ``input``, dicts, as files of ours have them, or
-            ``cfg``, the text that mmengine records.
+            ``config_text``, what mmengine records, see :func:`read_checkpoint`.
         path (str): What error messages call the checkpoint.
 
     Returns:
@@ -151,15 +159,15 @@ def recorded_config(meta, path):
     """
     try:
         config = {name: meta[name] for name in ('model', 'input') if meta.get(name) is not None}
-        if not config and 'cfg' in meta:
-            config = {ast.unparse(node.targets): node.value for node in ast.parse(meta['cfg']).body
-                      if isinstance(node, ast.Assign)}
+        if not config and 'config_text' in meta:
+            config = {ast.unparse(node.targets): node.value for node in
+                      ast.parse(meta['config_text']).body if isinstance(node, ast.Assign)}
             config = {name: _values(config[name]) for name in RECORDED if name in config}
             config['model']
         if 'model' in config and not isinstance(config['model']['type'], str):
             raise TypeError
-    except (AttributeError, IndexError, KeyError, RecursionError, SyntaxError, TypeError,
-            ValueError) as error:
+    except (AttributeError, IndexError, KeyError, MemoryError, RecursionError, SyntaxError,
+            TypeError, ValueError) as error:
         raise ValueError(f'The config that {path} records is damaged, or is more than values: '
                          'give the config file itself.') from error
     return config
@@ -178,7 +186,7 @@ def recorded_values(text):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 with suppress(ValueError, TypeError):
                     values[node.targets[0].id] = _values(node.value)
-    except (SyntaxError, ValueError, TypeError, RecursionError):
+    except (MemoryError, SyntaxError, ValueError, TypeError, RecursionError):
         pass
     return values
 

@@ -27,7 +27,7 @@ def differences_of_configs(meta, cfg):
         tuple[dict, dict]: {dotted path: (old value, new value)} of everything that is compared, and
         of that what makes it another experiment: model and training data.
     """
-    old, new = (recorded_values(text) for text in (str(meta.get('cfg', '')), cfg.pretty_text))
+    old, new = map(recorded_values, (str(meta.get('config_text', '')), cfg.pretty_text))
     found = {}
     for key in COMPARED if old else ():
         found |= differences(old.get(key), new.get(key), key)

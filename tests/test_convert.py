@@ -314,7 +314,8 @@ def test_recorded_configs_are_read_without_executing_them():
     for file in TOOLS.parent.glob('configs/*/*.py'):
         cfg = Config.fromfile(file)
         if 'model' in cfg:
-            assert recorded_model(dict(cfg=cfg.pretty_text), '') == cfg.model.to_dict(), file
+            meta = dict(config_text=cfg.pretty_text)
+            assert recorded_model(meta, '') == cfg.model.to_dict(), file
     assert recorded_model({}, '') is None
 
 

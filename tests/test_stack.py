@@ -2,7 +2,6 @@
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from importlib import metadata
 
 import numpy as np
@@ -14,11 +13,11 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmpretrain.datasets import ImageNet
 from mmpretrain.models import ImageClassifier
-from torch.serialization import safe_globals
 
 from nepa_mm import stack
-from nepa_mm.classic import MissingOperators, log_record_globals
+from nepa_mm.classic import MissingOperators
 from nepa_mm.nepa import NEPA
+from nepa_mm.safe_load import safe_load
 
 from .conftest import REPO, TINY
 
@@ -164,11 +163,10 @@ def test_missing_operators():
 
 
 def test_log_records(tmp_path):
-    """Classic stack: what torch has to be told to read the log records of a checkpoint."""
+    """Both stacks: what the log records of a checkpoint consist of can be read."""
     records = HistoryBuffer([1., 2.], [1, 1])
     torch.save(dict(loss=records, step=np.float64(3)), tmp_path / 'a.pth')
-    with nullcontext() if stack.is_classic() else safe_globals(log_record_globals()):
-        loaded = torch.load(tmp_path / 'a.pth', weights_only=True)
+    loaded = safe_load(tmp_path / 'a.pth')
     assert (loaded['loss'].mean(), loaded['step']) == (1.5, 3)
 
 

@@ -119,7 +119,8 @@ def config_text(model, config, src, images=None, labels=None):
             cfg.setdefault(name, dict(dataset={}))['dataset']['metainfo'] = dict(classes=labels)
     # mmengine evaluates this line first, and finds nepa_mm:: once it is imported
     base = f"_base_ = [__import__('nepa_mm') and 'nepa_mm::{base}']"
-    return f'"""Converted from {src}."""\n{base}\n\n{Config(cfg).pretty_text}'
+    text = f'{f"Converted from {src}."!r}\n{base}\n\n{Config(cfg).pretty_text}'
+    return text.replace('{{', r'{\x7b')     # mmengine would put variables there, as they are
 
 
 def placeholders(classes):
@@ -163,7 +164,7 @@ def to_mm(args):
         kept['input'] = images
     text, dst = config_text(model, config, args.src, images, labels), Path(args.dst)
     with written_whole(dst.with_suffix('.py')) as file:
-        file.write_text(text)
+        file.write_text(text, encoding='utf-8')
         save_weights(state_dict, dst, model=model, published=given, source=args.src,
                      weights=dict(state_dict=which), **kept)
     report(match_names(names, 'mm'), new, [name for name in names if name in DROPPED], '->')

@@ -19,6 +19,7 @@ import torch  # noqa: E402
 from .disks import CASES as DISK_CASES  # noqa: E402
 from .disks import disks  # noqa: E402
 from .files import checkpoints, converter, images  # noqa: E402
+from .hostile import hostile  # noqa: E402
 from .kills import kills  # noqa: E402
 from .layouts import layouts  # noqa: E402
 from .shards import shards  # noqa: E402
@@ -36,6 +37,7 @@ CAMPAIGNS = [
     ('another number of processes, batch or accumulation', layouts, 16, 4),
     ('full disks, odd files, two runs, leftovers', disks, len(DISK_CASES), 4),
     ('damaged checkpoints of a run', checkpoints, 1000, 200),
+    ('hostile checkpoints through every command', hostile, 2000, 150),
     ('damaged images, LoadWholeImage', partial(images, steps=WHOLE), 1000, 1000),
     ('damaged images, LoadRandomResizedCrop', partial(images, steps=FAST), 1000, 1000),
     ('damaged tar and Parquet shards and their index', shards, 600, 90),
