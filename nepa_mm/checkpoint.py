@@ -200,12 +200,12 @@ def _is_state_dict(tensors):
 
 
 def without_programs(checkpoint):
-    """A checkpoint without what OpenMMLab evaluates, imports, or takes for files of its own.
+    """A checkpoint without what OpenMMLab evaluates or imports.
 
     - ``Runner.resume`` evaluates the text in ``meta['config']``, and inferencers without a config
       those in ``meta['cfg']`` and ``runtime_info['cfg']``. Imports and the types of a config may be
       anything, so the text goes to ``meta['config_text']``, where nobody evaluates it.
-    - ``keep_ckpt_ids`` of ``runtime_info`` become names of files that are removed: numbers stay.
+    - Of the files that ``runtime_info`` names WholeCheckpointHook removes its own alone.
 
     Args:
         checkpoint (Any): What a file holds; a dict is changed in place.
@@ -236,9 +236,6 @@ def without_programs(checkpoint):
             raise ValueError(f'{name} of its message_hub is {repr(hub.get(name))[:50]}')
     if hub:
         hub['runtime_info'].pop('cfg', None)
-        kept = hub['runtime_info'].get('keep_ckpt_ids')
-        if not (isinstance(kept, list) and all(type(number) is int for number in kept)):
-            hub['runtime_info'].pop('keep_ckpt_ids', None)
     return checkpoint
 
 

@@ -224,6 +224,7 @@ def test_converted_files_give_the_scores_of_the_original(case, recorded, capsys)
                                         ('back.py', 'hf', own), ('run.py', published, own)):
         if config == 'back.py':
             options = [*options, 'test_evaluator.topk=[1,2]']
+        Path('a.pkl').unlink(missing_ok=True)
         metrics = run_test([config, checkpoint, '--out', 'a.pkl', '--cfg-options', *options])
         scores = [sample['pred_score'] for sample in pickle.loads(Path('a.pkl').read_bytes())]
         results.append((metrics, torch.stack(scores)))
