@@ -77,7 +77,7 @@ def test_classification_recipe(path, images, tmp_path, monkeypatch):
     if mixed:   # and smoothed labels leave half a nat of the 0.69 at the start
         assert losses[-96:].mean() < losses[:32].mean() - 0.03
     else:
-        assert losses[-32:].mean() < 0.3 * losses[:8].mean()
+        assert np.median(losses[-32:]) < 0.3 * losses[:8].mean()    # a probe's high rate spikes
     scalars = runner.message_hub.log_scalars
     assert scalars['val/accuracy/top1'].current() == 100
     assert ('val/accuracy/top1_raw' in scalars) == has_ema      # raw and average, apart
