@@ -27,6 +27,13 @@ def default_scope():
 
 
 @pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def image_folder(tmp_path):
     """An ImageNet-like folder: {train,val}/class_{0,1}/*.jpg, 4 images per class."""
     rng = np.random.default_rng(0)

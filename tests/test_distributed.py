@@ -25,12 +25,6 @@ from .tiny_runs import (
 )
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def weights(work_dir):
     return torch.load(Path(work_dir, 'epoch_1.pth'), weights_only=False)['state_dict']
 

@@ -25,12 +25,6 @@ from .tiny_runs import (
 COUNT = itertools.count()
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def classes(**counts):
     """Folders of images, e.g. ``classes(train=dict(ant=2, bee=1))``."""
     for split, names in counts.items():

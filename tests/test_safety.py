@@ -35,12 +35,6 @@ from .tiny_runs import (
 )
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def call_by_getattr():
     """Names that mmengine and torch allow, and that run any code together."""
     names = Call(getattr, Call(getattr, HistoryBuffer, 'mean'), '__globals__')

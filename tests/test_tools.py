@@ -41,12 +41,6 @@ class CountIterations(Hook):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def pretrain(folder):
     cfg = Config.fromfile(save_pretraining())
     cfg.custom_hooks = [dict(type='CountIterations')]

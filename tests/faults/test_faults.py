@@ -1,7 +1,7 @@
 """The campaigns of `make faults` in a form that takes seconds."""
 import pytest
 
-from .__main__ import CAMPAIGNS, run
+from .campaigns import CAMPAIGNS, run
 
 
 @pytest.mark.parametrize('title, campaign, num', [(t, c, few) for t, c, _, few in CAMPAIGNS],
