@@ -2,6 +2,7 @@
 import atexit
 import multiprocessing
 import signal
+from multiprocessing import resource_tracker
 
 STATUS = 128 + signal.SIGTERM       # of a process that SIGTERM ended, as shells count
 
@@ -56,6 +57,8 @@ def shield_workers(loader):
     start = loader._get_iterator
 
     def start_shielded():
+        if multiprocessing.get_start_method() != 'fork':
+            resource_tracker.ensure_running()       # its start would end the block
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})   # they inherit it
         try:
             return start()

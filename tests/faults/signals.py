@@ -184,7 +184,11 @@ def interrupt(index, expected):
             return f'{name}: ended before the moment: {log.read_text()[-1500:]}'
         family = send(program, whom)
         status = program.wait(SECONDS)
-        left = [pid for pid in family if Path(f'/proc/{pid}').exists()]
+        for _ in range(100):        # multiprocessing's tracker of resources ends by itself
+            left = [pid for pid in family if Path(f'/proc/{pid}').exists()]
+            if not left:
+                break
+            time.sleep(0.1)
         if status != 143 or 'Traceback' in log.read_text():
             return f'{name}: status {status}: {log.read_text()[-1500:]}'
         if left:
