@@ -136,7 +136,7 @@ def start_on_read_only_disk():
 
 def two_runs():
     """The second in the same folder is refused; after a SIGKILL the next one is not."""
-    first = command('both', ('run.py', 'train_cfg.max_epochs=1000'))
+    first = command('both', ('run.py', 'train_cfg.max_epochs=100000'))
     try:
         while not Path('both/epoch_1.pth').exists() and first.poll() is None:
             time.sleep(0.1)
