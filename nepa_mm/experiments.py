@@ -119,8 +119,7 @@ def _check_weights(own, found, name):
 
 def _check_optimizer(optimizer, model, state, source):
     """Refuse a state dict of an optimizer with other groups or tensors."""
-    groups = state.get('param_groups') if isinstance(state, dict) else None
-    states = state.get('state') if isinstance(state, dict) else None
+    groups, states = state.get('param_groups'), state.get('state')
     if not (isinstance(groups, list) and isinstance(states, dict)
             and all(isinstance(group, dict) and isinstance(group.get('params'), list)
                     for group in groups)):

@@ -15,7 +15,7 @@ from mmengine.registry import METRICS, TRANSFORMS
 from . import stack
 from .classes import leaves
 from .config_keys import dicts
-from .pictures import pages_of
+from .outputs import pages_of
 from .pipelines import slots
 from .reading import DataError
 

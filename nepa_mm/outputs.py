@@ -6,6 +6,9 @@ Pictures, which people look at, get the next free name, and the tool says which.
 import os
 from pathlib import Path
 
+from mmengine import dist
+from mmengine.logging import print_log
+
 NAME = 110      # bytes of a part of a name; file systems allow 255 in all
 
 
@@ -53,6 +56,23 @@ def page_names(images, *folders):
         path = free_path(path, taken, *folders[1:])
         taken.add(path.name)
         yield path
+
+
+def pages_of(dataset, out_dir):
+    """The pages of a data set's files, by path; every process gets those of the first.
+
+    The log says how many are not named after the file alone.
+    """
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))] if hasattr(
+        dataset, 'get_data_info') else []
+    paths = list(dict.fromkeys(info['img_path'] for info in infos if info.get('img_path')))
+    pages = [dict(zip(paths, page_names(paths, out_dir)))]
+    dist.broadcast_object_list(pages)
+    other = [path for path in paths if pages[0][path].stem != Path(path).stem]
+    if other:
+        print_log(f'{len(other)} of {len(paths)} names in {out_dir} were taken: '
+                  f'{other[0]} becomes {pages[0][other[0]].name}, for example.', 'current')
+    return pages[0]
 
 
 def check_new(path, flag):

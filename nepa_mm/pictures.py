@@ -1,31 +1,12 @@
 """Pictures of predictions: what the network saw of each image, under a name of its own."""
-from pathlib import Path
 from unittest import mock
 
 from mmengine import dist
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmpretrain.engine import VisualizationHook
 
-from .outputs import page_names
+from .outputs import page_names, pages_of
 from .reading import read_image, to_picture
-
-
-def pages_of(dataset, out_dir):
-    """The pages of a data set's files, by path; every process gets those of the first.
-
-    The log says how many are not named after the file alone.
-    """
-    infos = [dataset.get_data_info(i) for i in range(len(dataset))] if hasattr(
-        dataset, 'get_data_info') else []
-    paths = list(dict.fromkeys(info['img_path'] for info in infos if info.get('img_path')))
-    pages = [dict(zip(paths, page_names(paths, out_dir)))]
-    dist.broadcast_object_list(pages)
-    other = [path for path in paths if pages[0][path].stem != Path(path).stem]
-    if other:
-        print_log(f'{len(other)} of {len(paths)} names in {out_dir} were taken: '
-                  f'{other[0]} becomes {pages[0][other[0]].name}, for example.', 'current')
-    return pages[0]
 
 
 def page_of(sample, pages, out_dir):

@@ -18,7 +18,8 @@ from mmengine.config import Config
 from nepa_mm.checkpoint import find_whole_checkpoint, read_checkpoint
 
 from .conftest import REPO
-from .faults.disks import can_mount, mounted
+from .faults.disks import can_mount, full_disk, mounted
+from .faults.disks import save_config as save_disks_config
 from .test_resume import save_run, updates, weights
 from .tiny_runs import TOOLS, options, run_script, save_classifier, save_image
 
@@ -114,8 +115,25 @@ def test_it_goes_on_with_another_number_of_processes(folder):
     assert before + len(updates('work')) == 30
 
 
+def test_the_config_says_what_goes_on(folder):
+    train('work', *FAST)
+    save_image(Path('data/imagenet/train/n00000000/more.JPEG'))
+    output = train('work', *FAST, 'train_cfg.max_epochs=6', 'param_scheduler.end=6',
+                   'optim_wrapper.optimizer.lr=0.02', 'randomness.seed=2')
+    assert 'The training data has 13 samples and had 12' in output
+    assert 'of the checkpoint goes on, not the 2 of this run' in output
+    assert re.search('The optimizer follows the config .*lr is', output)
+
+
+def test_a_full_disk_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if not can_mount():
+        pytest.skip('only root may mount a file system')
+    save_disks_config()
+    assert full_disk() is None
+
+
 def test_a_full_disk_is_an_error_if_asked_for(folder):
-    """`make faults` and its short form have the warning."""
     if not can_mount():
         pytest.skip('only root may mount a file system')
     with mounted('disk', 'size=3m'):

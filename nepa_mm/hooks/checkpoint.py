@@ -13,7 +13,6 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop
 
 from ..checkpoint import (
     find_whole_checkpoint,
-    read_checkpoint,
     remove_leftovers,
     written_whole,
 )
@@ -105,8 +104,6 @@ class WholeCheckpointHook(CheckpointHook):
         if refusal:
             raise ValueError(refusal)
         if not auto:
-            if runner._resume and not runner._has_loaded and '://' not in str(runner._load_from):
-                read_checkpoint(runner._load_from)
             return
         for problem in problems:
             runner.logger.warning(f'Not resumed: {problem}')

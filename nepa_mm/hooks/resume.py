@@ -52,16 +52,16 @@ class SeededSamples:
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
 
-    def __call__(self, places):
-        """The samples of a list of (pass, index), as :class:`Places` yields them."""
+    def __call__(self, pairs):
+        """The samples of a list of (pass, index), as a :class:`ResumableSampler` yields them."""
         samples = []
-        for number, index in places:
+        for number, index in pairs:
             with seeded(derive_seed(self.seed, number, index)):
                 samples.append(self.dataset[index])
         return samples
 
 
-class Places:
+class ResumableSampler:
     """The indices of a sampler with the pass over the data to which each belongs.
 
     Args:
@@ -98,13 +98,13 @@ class Places:
         return len(self.sampler)
 
 
-class Batches:
+class BatchIterator:
     """What an IterBasedTrainLoop takes its batches from; mmengine's would go on elsewhere.
 
     Starts its workers when the first batch is asked for, so after every hook.
 
     Args:
-        loader (DataLoader): Its sampler is :class:`Places`, which know where to begin.
+        loader (DataLoader): Its sampler is a :class:`ResumableSampler`, which knows where to begin.
         passes (int): How many passes over the data are done.
         done (int): How many batches the loop is going to ask for, to get past what was seen.
     """
@@ -174,11 +174,11 @@ class ExactResumeHook(Hook):
         return runner.train_loop.dataloader.batch_sampler.batch_size * dist.get_world_size()
 
     @staticmethod
-    def _places(runner):
-        """The sampler, wrapped at first use; its seed is that of the run if the config has none."""
+    def _sampler(runner):
+        """The sampler, wrapped at first use."""
         batches = runner.train_loop.dataloader.batch_sampler
-        if not isinstance(batches.sampler, Places):
-            batches.sampler = Places(batches.sampler)
+        if not isinstance(batches.sampler, ResumableSampler):
+            batches.sampler = ResumableSampler(batches.sampler)
         return batches.sampler
 
     def _record(self, runner):
@@ -189,7 +189,7 @@ class ExactResumeHook(Hook):
             num_processes=dist.get_world_size(),
             accumulative_counts=getattr(runner.optim_wrapper, '_accumulative_counts', 1),
             epoch_length=len(loader), passes=self.passes, position=self.position,
-            seen=self.passes * num + (self.position if self._places(runner).endless
+            seen=self.passes * num + (self.position if self._sampler(runner).endless
                                       else min(self.position, num)))
 
     def before_save_checkpoint(self, runner, checkpoint):
@@ -208,7 +208,7 @@ class ExactResumeHook(Hook):
         if old:
             self.passes, self.position = old['passes'], old['position']
         else:       # of a run without this hook: by its iterations
-            endless = self._places(runner).endless
+            endless = self._sampler(runner).endless
             self.passes = 0 if endless else meta['iter'] // length
             self.position = (meta['iter'] - self.passes * length) * samples
         meta['iter'] = self.passes * length + self.position // samples
@@ -222,13 +222,13 @@ class ExactResumeHook(Hook):
 
     def before_train(self, runner):
         """Go to the place of the run, in data and schedule."""
-        loop, places = runner.train_loop, self._places(runner)
-        if hasattr(places.sampler, 'seed') and 'seed' not in (
+        loop, sampler = runner.train_loop, self._sampler(runner)
+        if hasattr(sampler.sampler, 'seed') and 'seed' not in (
                 runner.cfg.get('train_dataloader', {}).get('sampler') or {}):
-            places.sampler.seed = run_seed(runner)
+            sampler.sampler.seed = run_seed(runner)
         dataset = loop.dataloader.dataset
-        places.bare = not hasattr(dataset, '__dict__')
-        if places.bare:
+        sampler.bare = not hasattr(dataset, '__dict__')
+        if sampler.bare:
             runner.logger.warning(f'A {type(dataset).__name__} as data set takes no attribute, so '
                                   'what its samples draw is not repeated after a resume.')
         else:
@@ -236,7 +236,7 @@ class ExactResumeHook(Hook):
         if isinstance(loop, IterBasedTrainLoop):
             asks = not hasattr(loop.dataloader_iterator, 'skip_iter')   # mmengine before 0.10.8
             loop.dataloader._iterator = None    # and its workers start before all hooks
-            loop.dataloader_iterator = Batches(
+            loop.dataloader_iterator = BatchIterator(
                 loop.dataloader, self.passes, loop.iter if asks else 0)
             self._go_to_place(runner)
         if self.settings:
@@ -279,7 +279,7 @@ class ExactResumeHook(Hook):
         """Skip what this epoch has seen already."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             self._go_to_place(runner)
-            self._places(runner).set_epoch(runner.epoch)
+            self._sampler(runner).set_epoch(runner.epoch)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         """Seed the generators of this process."""
@@ -298,7 +298,7 @@ class ExactResumeHook(Hook):
         self.position += self._samples(runner)
         whole = self.position // self._samples(runner) >= len(runner.train_loop.dataloader)
         if isinstance(runner.train_loop, IterBasedTrainLoop) and whole and not (
-                self._places(runner).endless):
+                self._sampler(runner).endless):
             self.passes, self.position = self.passes + 1, 0
 
     def after_train_epoch(self, runner):
