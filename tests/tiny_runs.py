@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from .conftest import REPO, TINY
 
 TOOLS = REPO / 'tools'
+RUNS = count()
 NORMALIZE = dict(mean=[127.5] * 3, std=[127.5] * 3)
 RUNTIME = dict(custom_imports=dict(imports=['nepa_mm'], allow_failed_imports=False),
                default_hooks=dict(logger=dict(type='LoggerHook', interval=1)))
@@ -29,7 +31,15 @@ def load_tool(name):
     return tool
 
 
-run_train, run_test = load_tool('train').main, load_tool('test').main
+def named_apart(tool):
+    """A tool's ``main``; mmengine keeps loggers by experiment and second, and tests are fast."""
+    def main(args):
+        named = any('experiment_name' in str(arg) for arg in args)
+        return tool.main([*args, *([] if named else options(f'experiment_name=run{next(RUNS)}'))])
+    return main
+
+
+run_train, run_test = named_apart(load_tool('train')), named_apart(load_tool('test'))
 
 
 def run_script(script, *args, cwd, **env):
