@@ -4,7 +4,7 @@
 # make faults       kill runs, damage files, and see that nothing is lost (CPU, minutes)
 # make test-classic run a part of them on the original distributions, in VENV .venv-classic;
 #                   PYTHON=python3.10 PINS="torch==2.4.1 torchvision==0.19.1 numpy==1.26.4" fits, too
-# make test-oldest  run a part of them with the oldest libraries that nepa_mm/stack.py allows, in
+# make test-oldest  run a part of them with the oldest libraries that nepa_mm/compat/stack.py allows, in
 #                   VENV .venv-oldest
 # make test-pythons a smaller part on each of PYTHONS, in .venv-python3.10 and so on
 # make lint         check the style
@@ -23,10 +23,10 @@ INSTALLED = $(VENV)/.nepa_mm
 
 .PHONY: demo ablations test test-classic test-oldest test-pythons faults lint
 demo: $(INSTALLED)
-	$(PY) tools/demo.py
+	$(PY) demo/digits.py
 
 ablations: $(INSTALLED)
-	$(PY) tools/ablations.py
+	$(PY) demo/ablations.py
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
@@ -35,7 +35,7 @@ test-classic:
 	$(MAKE) test VENV=.venv-classic EXTRAS=openmmlab,test TESTS='$(CLASSIC:%=tests/test_%.py)'
 
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest EXTRAS=mm,test PINS="$$($(PYTHON) nepa_mm/stack.py)" \
+	$(MAKE) test VENV=.venv-oldest EXTRAS=mm,test PINS="$$($(PYTHON) nepa_mm/compat/stack.py)" \
 	  TESTS='$(OLDEST:%=tests/test_%.py)'
 
 test-pythons:
@@ -50,7 +50,7 @@ lint: $(INSTALLED)
 
 # torch and torchvision come in one resolution, so that pip finds a pair. opencv-python, which the
 # mm packages ask for, needs libGL; where that is missing the headless build takes its place.
-$(INSTALLED): setup.py pyproject.toml nepa_mm/stack.py
+$(INSTALLED): setup.py pyproject.toml nepa_mm/compat/stack.py
 	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
 	  "nepa_mm needs Python >= 3.10, $(PYTHON) is %s; name another: make PYTHON=python3.11" \
 	  % sys.version.split()[0])'

@@ -1,4 +1,4 @@
-"""Packaging of nepa_mm; the requirements are those that nepa_mm/stack.py checks at import."""
+"""Packaging of nepa_mm; nepa_mm/compat/stack.py states the requirements."""
 import re
 import runpy
 from pathlib import Path
@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r"^__version__ = '(.+)'$", (ROOT / 'nepa_mm/__init__.py').read_text(), re.M)[1]
-STACK = runpy.run_path(str(ROOT / 'nepa_mm/stack.py'))
+STACK = runpy.run_path(str(ROOT / 'nepa_mm/compat/stack.py'))
 
 setup(
     name='nepa-mm',
@@ -22,7 +22,7 @@ setup(
     package_data={'nepa_mm': [
         f'.mim/{pattern}' for pattern in (
             'model-index.yml', 'configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md',
-            'tools/*.py', 'tools/*.sh')]},
+            'tools/**/*.py', 'tools/*.sh')]},
     install_requires=list(STACK['CORE'].values()),
     extras_require=dict(
         mm=list(STACK['CURRENT'].values()),

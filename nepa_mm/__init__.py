@@ -1,5 +1,5 @@
-"""NEPA (Next-Embedding Prediction) for OpenMMLab. Start reading at nepa.py."""
-from . import stack
+"""NEPA (Next-Embedding Prediction) for OpenMMLab. Start reading at models/nepa.py."""
+from .compat import stack
 
 __version__ = '0.1.0'
 
@@ -8,18 +8,9 @@ stack.check_binaries()
 stack.register()
 
 # each of these registers what is its own
-from . import (  # noqa: E402, F401
-    augment,
-    backbone,
-    datasets,
-    fsdp,
-    heads,
-    hooks,
-    nepa,
-    optim,
-    registry,
-    run_check,
-    shards,
-)
+from . import apis, engine, registry  # noqa: F401
+from .models import NEPA, NEPAViT, next_embedding_loss
 
 stack.register_models()
+
+__all__ = ['NEPA', 'NEPAViT', 'next_embedding_loss']

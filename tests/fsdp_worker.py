@@ -9,8 +9,8 @@ from mmengine import dist
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 
-from nepa_mm.fsdp import FSDPRunner, is_slice
-from nepa_mm.hooks.guard import NonFiniteGuardHook
+from nepa_mm.engine.fsdp_runner import FSDPRunner, is_shard
+from nepa_mm.engine.hooks.non_finite_guard import NonFiniteGuardHook
 from tests.tiny_runs import options, run_train
 
 CONFIG, *SHARDED = sys.argv[1:]
@@ -53,7 +53,7 @@ def hook_of(runner, kind):
 def share(tensors):
     """Which share of the numbers this process holds, all of them being slices."""
     tensors = list(tensors)
-    assert all(map(is_slice, tensors))
+    assert all(map(is_shard, tensors))
     return sum(t.to_local().numel() for t in tensors) / sum(t.numel() for t in tensors)
 
 

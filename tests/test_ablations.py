@@ -12,11 +12,11 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.hooks.throughput import flops_per_image
-from nepa_mm.knn import extract_features
-from nepa_mm.layers import scan_order
-from nepa_mm.nepa import NEPA, NEPAHead
+from nepa_mm.engine.hooks.throughput import flops_per_image
+from nepa_mm.evaluation.frozen_features import extract_features
+from nepa_mm.models.layers import scan_order
+from nepa_mm.models.nepa import NEPA, NEPAHead
+from nepa_mm.models.vit import NEPAViT
 
 from . import test_configs
 from .conftest import REPO, TINY

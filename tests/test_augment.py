@@ -13,7 +13,7 @@ from timm.data import Mixup, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 
-from nepa_mm.augment import TimmBatchAugment, TimmRandAugment
+from nepa_mm.datasets.transforms.timm_augment import TimmBatchAugment, TimmRandAugment
 
 from .conftest import REPO, TINY
 
@@ -207,7 +207,7 @@ def test_parameters_of_the_reference():
     """Facts of the released fine-tuning, as drawn by the objects that the config builds."""
     pipeline = Config.fromfile(CONFIG).train_dataloader.dataset.pipeline
     names = [step.type for step in pipeline]
-    assert names == ['LoadWholeImage', 'RandomResizedCrop', 'RandomFlip', 'TimmRandAugment',
+    assert names == ['LoadImageWithPillow', 'RandomResizedCrop', 'RandomFlip', 'TimmRandAugment',
                      'PackInputs']
     crop, flip, augment = (TRANSFORMS.build(dict(s, _scope_='mmpretrain')) for s in pipeline[1:4])
     assert (crop.crop_ratio_range, crop.interpolation, crop.backend, flip.prob) == (

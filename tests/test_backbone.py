@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.layers import RotaryEmbedding, rotate
+from nepa_mm.models.layers import RotaryEmbedding, rotate
+from nepa_mm.models.vit import NEPAViT
 
 from .conftest import TINY
 

@@ -1,4 +1,4 @@
-"""tools/benchmark.py: everybody computes the same loss, and the tables mean what they say."""
+"""benchmarks/benchmark.py: everybody computes the same loss, and the tables mean what they say."""
 import json
 import sys
 import time
@@ -9,9 +9,10 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from nepa_mm import peers, workloads
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.hooks.throughput import peak_flops
+import peers
+import workloads
+from nepa_mm.engine.hooks.throughput import peak_flops
+from nepa_mm.models.vit import NEPAViT
 
 from .conftest import REPO, TINY, smooth_images
 from .tiny_runs import load_tool
@@ -178,7 +179,7 @@ def test_the_runner_pauses_for_the_bare_loop(monkeypatch):
     assert first == 1000 // 13 * 13 and len(seen) == 13
     assert kept > first
     assert {'ModelEMAHook', 'NonFiniteGuardHook', 'ExactResumeHook', 'UnreadableImageHook',
-            'WholeCheckpointHook', 'NEPAMonitorHook', 'ThroughputHook'} <= hooks
+            'AtomicCheckpointHook', 'NEPAMonitorHook', 'ThroughputHook'} <= hooks
 
 
 def test_loader_and_plan(tmp_path):
@@ -187,7 +188,7 @@ def test_loader_and_plan(tmp_path):
     rows = benchmark(['loader', '--images', '6', '--workers', '1', '--repeats', '1',
                       '--json', data])
     assert [row['pipeline'] for row in rows] == 2 * [
-        'LoadWholeImage (default)', 'mmpretrain with Pillow', 'LoadRandomResizedCrop',
+        'LoadImageWithPillow (default)', 'mmpretrain with Pillow', 'LoadRandomResizedCrop',
         'PackEncodedCrop']
     assert all(row['images/s of one core'] > 0 and row['images/s in total'] > 0 for row in rows)
     parts = benchmark(['plan', '--gpus', '8', '--model', 'b', '--images-per-second', '500',

@@ -11,10 +11,10 @@ from mmengine.registry import DATASETS, MODELS
 from mmpretrain.models.utils.data_preprocessor import SelfSupDataPreprocessor
 from PIL import Image
 
-from nepa_mm.augment import TimmRandAugment
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.checkpoint import read_checkpoint
-from nepa_mm.nepa import NEPADataPreprocessor
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.datasets.transforms.timm_augment import TimmRandAugment
+from nepa_mm.models.data_preprocessor import NEPADataPreprocessor
+from nepa_mm.models.vit import NEPAViT
 
 from .conftest import TINY
 from .tiny_runs import (
@@ -51,7 +51,7 @@ def fit_to(config, channels, color_type):
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         if name in cfg:
             cfg[name].dataset.extensions = [suffix]
-            cfg[name].dataset.pipeline[0] = dict(type='LoadWholeImage', color_type=color_type)
+            cfg[name].dataset.pipeline[0] = dict(type='LoadImageWithPillow', color_type=color_type)
     cfg.dump(config)
     return str(next(Path('data').rglob(f'*{suffix}')))
 
@@ -150,8 +150,8 @@ def refusal(tool, args, capsys):
      "backbone's in_channels=1"),
     ({'model.backbone.in_channels': 1, 'model.data_preprocessor.mean': [127.5],
       'model.data_preprocessor.std': [127.5]}, "train_dataloader reads 3 channels "
-     "(color_type='color'), but the backbone's in_channels=1; set color_type of its LoadWholeImage "
-     "to 'grayscale'"),
+     "(color_type='color'), but the backbone's in_channels=1; set color_type of its "
+     "LoadImageWithPillow to 'grayscale'"),
     ({'model.backbone.in_channels': 4, 'model.data_preprocessor.mean': [1.] * 4,
       'model.data_preprocessor.std': [1.] * 4, 'train_dataloader.dataset.pipeline.0.color_type':
       'unchanged', 'train_dataloader.dataset.pipeline.1.backend': 'pillow'},

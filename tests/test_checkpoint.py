@@ -9,17 +9,12 @@ import torch
 from mmengine.runner import CheckpointLoader
 from safetensors.torch import load_file, save_file
 
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.checkpoint import (
-    load_pretrained,
-    locate,
-    read_checkpoint,
-    save_weights,
-    select_weights,
-    written_whole,
-)
-from nepa_mm.convert import to_published
-from nepa_mm.hub import sha256
+from nepa_mm.checkpoints.hub import sha256
+from nepa_mm.checkpoints.huggingface import to_published
+from nepa_mm.checkpoints.io import locate, read_checkpoint, save_weights
+from nepa_mm.checkpoints.loading import load_pretrained, select_weights
+from nepa_mm.models.vit import NEPAViT
+from nepa_mm.utils.files import atomic_write
 
 from .conftest import TINY
 from .tiny_runs import load_tool
@@ -228,7 +223,7 @@ def test_offline(tmp_path, monkeypatch):
 
 
 def test_written_whole(tmp_path):
-    with pytest.raises(RuntimeError), written_whole(tmp_path / 'a') as file:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / 'a') as file:
         file.write_text('half')
         raise RuntimeError
     assert not list(tmp_path.iterdir())

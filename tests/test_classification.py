@@ -9,9 +9,9 @@ from mmengine.registry import MODELS, TRANSFORMS
 from mmengine.runner import Runner
 from mmpretrain.apis import ImageClassificationInferencer
 
-from nepa_mm.convert import match_names
-from nepa_mm.heads import AttentiveClsHead
-from nepa_mm.optim import LayerDecayOptimWrapperConstructor
+from nepa_mm.checkpoints.huggingface import match_names
+from nepa_mm.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from nepa_mm.models.heads import AttentiveClsHead
 
 from .conftest import REPO, TINY
 
@@ -75,7 +75,7 @@ def test_groups_of_base_equal_the_reference():
         seen.add(ours)
         group = groups[ours]
         scale = expected['llrd_scale']
-        assert group['layer_scale'] == scale, published
+        assert group['depth_from_top'] == scale, published
         assert group['lr'] == pytest.approx(expected['lr'] * expected['llrd'] ** scale, rel=1e-12)
         assert group['weight_decay'] == expected['weight_decay'], published
     assert seen == set(groups)

@@ -10,16 +10,16 @@ from mmengine.registry import MODELS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nepa_mm.checkpoint import read_checkpoint
-from nepa_mm.convert import fit, fold_layer_scale, from_published, to_published
-from nepa_mm.convert_config import (
+from nepa_mm.checkpoints.huggingface import fit, fold_layer_scale, from_published, to_published
+from nepa_mm.checkpoints.huggingface_config import (
     DEFAULTS,
     backbone_cfg,
     complete_config,
     model_cfg,
     published_config,
-    recorded_model,
 )
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.recorded import recorded_model
 
 from .test_parity import CASES, assert_agrees
 from .tiny_runs import TOOLS, load_tool, run_test

@@ -5,9 +5,9 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from nepa_mm.convert import fit
-from nepa_mm.convert_config import model_cfg
-from nepa_mm.convert_timm import eva_args, from_timm, to_timm
+from nepa_mm.checkpoints.huggingface import fit
+from nepa_mm.checkpoints.huggingface_config import model_cfg
+from nepa_mm.models.timm_eva import eva_args, from_timm, to_timm
 
 from .test_convert import SMALL, build
 from .test_parity import assert_agrees

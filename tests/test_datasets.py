@@ -4,7 +4,8 @@ import pytest
 from mmengine.registry import DATASETS
 from PIL import Image
 
-from nepa_mm.datasets import Digits, write_digit_scenes
+from make_digit_scenes import write_digit_scenes
+from nepa_mm.datasets.digits import Digits
 
 
 def test_split_covers_scikit_learn():

@@ -5,7 +5,7 @@ from PIL import Image
 
 from .tiny_runs import load_tool
 
-demo = load_tool('demo')
+demo = load_tool('digits')
 
 
 def results(**changes):

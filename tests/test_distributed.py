@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from nepa_mm import runtime
+from nepa_mm.apis import runner
 
 from .tiny_runs import (
     TOOLS,
@@ -153,12 +153,12 @@ def test_launchers_on_the_cpu(folder, monkeypatch, launcher, variables):
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(runtime, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(runner, 'get_device', lambda: 'cuda')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     for name, value in dict(RANK='4', WORLD_SIZE='8', LOCAL_RANK='4').items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match='its 4 visible GPUs: process 4 has none'):
-        runtime.build_runner(Config(dict(launcher='pytorch')))
+        runner.build_runner(Config(dict(launcher='pytorch')))
 
 
 def test_dist_test(folder):

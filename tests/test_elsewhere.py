@@ -15,9 +15,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
-from nepa_mm.checkpoint import read_checkpoint
-from nepa_mm.convert_input import input_of, pipeline_of, preprocessor_config
-from nepa_mm.datasets import write_digit_scenes
+from make_digit_scenes import write_digit_scenes
+from nepa_mm.apis.input_spec import input_of, pipeline_of, preprocessor_config
+from nepa_mm.checkpoints.io import read_checkpoint
 
 from .conftest import REPO
 from .tiny_runs import load_tool, run_test, run_train, save_image

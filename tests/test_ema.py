@@ -13,9 +13,10 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nepa_mm.checkpoint import read_checkpoint, select_weights
-from nepa_mm.hooks import ModelEMAHook
-from nepa_mm.optim import MultiTensorEMA
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.loading import select_weights
+from nepa_mm.engine.ema import MultiTensorEMA
+from nepa_mm.engine.hooks import ModelEMAHook
 
 RUNS = itertools.count()
 

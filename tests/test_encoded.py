@@ -11,9 +11,9 @@ from mmengine.registry import FUNCTIONS, HOOKS, MODELS, TRANSFORMS
 from PIL import Image
 from torchvision.io import decode_jpeg
 
-from nepa_mm import encoded
-from nepa_mm.hooks.resume import seeded
-from nepa_mm.reading import UnreadableImageError
+from nepa_mm.datasets.transforms import gpu_decode as encoded
+from nepa_mm.utils.errors import UnreadableImageError
+from nepa_mm.utils.random_state import seeded
 
 from .conftest import REPO
 from .faults.files import mutate

@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from nepa_mm.checkpoint import load_all
+from nepa_mm.checkpoints.loading import load_strict
 
 from .tiny_runs import load_tool, save_classifier, save_pretraining, save_segmentor
 
@@ -90,4 +90,4 @@ def test_refusals(classifier, capsys, monkeypatch):
     torch.save(dict(state_dict={'head.fc.weight': torch.zeros(5, 32)}), checkpoint)
     assert 'it lacks backbone.cls_token' in refuse(*flags)
     with pytest.raises(ValueError, match='another network'):
-        load_all(model, checkpoint)
+        load_strict(model, checkpoint)

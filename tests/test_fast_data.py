@@ -7,7 +7,8 @@ import pytest
 from mmengine.dataset import Compose
 from PIL import Image
 
-from nepa_mm import datasets, reading
+from nepa_mm.datasets import digits as datasets
+from nepa_mm.datasets import images as reading
 
 from .tiny_runs import load_tool, run_script
 

@@ -9,8 +9,9 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from nepa_mm.checkpoint import read_checkpoint, select_weights
-from nepa_mm.fsdp import shard
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.loading import select_weights
+from nepa_mm.engine.fsdp_runner import shard
 
 from .conftest import REPO
 from .tiny_runs import options, run_script, run_train, save_image, save_pretraining
@@ -37,7 +38,7 @@ def save_config():
                         dict(type='NEPAMonitorHook', interval=1)]
     cfg.default_hooks.update(
         runtime_info=dict(type='DeferredRuntimeInfoHook'),
-        checkpoint=dict(type='WholeCheckpointHook', interval=1),
+        checkpoint=dict(type='AtomicCheckpointHook', interval=1),
         resume=dict(type='ExactResumeHook'), guard=dict(type='NonFiniteGuardHook'),
         run_check=dict(type='RunCheckHook', odd='warn'))    # half of a run is meant
     cfg.randomness = dict(seed=0, diff_rank_seed=True)
@@ -141,7 +142,7 @@ def test_what_cannot_be_is_said(report, monkeypatch):
     errors = report['errors']
     assert 'leave out model_wrapper_cfg' in errors['wrapper']
     assert errors['average'].strip().endswith('from the first update on: leave out begin_iter.')
-    assert errors['probe'].strip().endswith('leave it out and give checkpoints to tools/knn.py.')
+    assert errors['probe'].strip().endswith('checkpoints to tools/analysis_tools/knn.py.')
     with pytest.raises(ValueError, match='shards the blocks of a NEPAViT, but Linear has none'):
         shard(torch.nn.Linear(1, 1))
     monkeypatch.setitem(sys.modules, 'torch.distributed.fsdp', None)

@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
-from nepa_mm.knn import extract_features, knn_accuracy, knn_scores
+from nepa_mm.evaluation.frozen_features import extract_features, knn_accuracy, knn_scores
 
 from .conftest import REPO
 from .tiny_runs import load_tool

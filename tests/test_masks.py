@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from nepa_mm.reading import DataError
+from nepa_mm.utils.errors import DataError
 
 from .tiny_runs import options, run_test, run_train, save_image, save_segmentor
 

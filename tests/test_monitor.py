@@ -15,9 +15,9 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nepa_mm.hooks import NEPAMonitorHook, ThroughputHook, throughput
-from nepa_mm.hooks.monitor import effective_rank, prediction_statistics
-from nepa_mm.nepa import NEPAHead
+from nepa_mm.engine.hooks import NEPAMonitorHook, ThroughputHook, throughput
+from nepa_mm.engine.hooks.nepa_monitor import effective_rank, prediction_statistics
+from nepa_mm.models.nepa import NEPAHead
 
 from .conftest import TINY, smooth_images
 

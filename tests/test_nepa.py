@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 
-from nepa_mm.nepa import NEPA, NEPAHead, next_embedding_loss
+from nepa_mm.models.nepa import NEPA, NEPAHead, next_embedding_loss
 
 from .conftest import TINY, smooth_images
 

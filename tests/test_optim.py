@@ -15,10 +15,11 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.convert import to_published
-from nepa_mm.nepa import NEPA
-from nepa_mm.optim import BF16OptimWrapper, LayerDecayCosineLR
+from nepa_mm.checkpoints.huggingface import to_published
+from nepa_mm.engine.optim_wrapper import BF16OptimWrapper
+from nepa_mm.engine.schedulers import LayerDecayCosineLR
+from nepa_mm.models.nepa import NEPA
+from nepa_mm.models.vit import NEPAViT
 
 PARITY = Path(__file__).parent / 'parity' / 'optim'
 ARCH = dict(embed_dims=8, num_layers=12, num_heads=2, feedforward_channels=16)
@@ -64,7 +65,7 @@ def published_table(model, groups):
                for name, p in model.named_parameters()}
     return {name: None if number.flatten()[0] < 0 else tuple(
                 groups[int(number.flatten()[0])][key]
-                for key in ('lr', 'weight_decay', 'layer_scale'))
+                for key in ('lr', 'weight_decay', 'depth_from_top'))
             for name, number in to_published(numbers).items()}
 
 
@@ -144,12 +145,12 @@ def test_wrapped_model_has_the_same_groups():
     model = classifier(ARCH)
     plain, wrapped = (optim_wrapper(m).optimizer.param_groups for m in (model, Wrapper(model)))
     assert [g['name'] for g in plain] == [g['name'] for g in wrapped]
-    assert plain[0]['name'] == 'layer_scale_12'     # the log's lr is the lowest group's
+    assert plain[0]['name'] == 'depth_from_top_12'     # the log's lr is the lowest group's
 
 
 def test_groups_are_logged(log):
     optim_wrapper(classifier(ARCH))
-    assert 'head_no_decay' in log.text and 'layer_scale_12 ' in log.text
+    assert 'head_no_decay' in log.text and 'depth_from_top_12 ' in log.text
     assert '8,000 parameters in 1 tensors' in log.text
 
 
@@ -204,7 +205,7 @@ def build_scheduler(wrapper, **kwargs):
 def multipliers(wrapper):
     """Multiplier of the base lr per layer_scale, the head apart."""
     groups = wrapper.optimizer.param_groups
-    return {g['layer_scale']: g['lr'] / 6e-3 for g in groups if not g['name'].startswith('head')}
+    return {g['depth_from_top']: g['lr'] / 6e-3 for g in groups if not g['name'].startswith('head')}
 
 
 def iterate(wrapper, scheduler, steps):

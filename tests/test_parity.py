@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from safetensors.torch import load_file
 
-from nepa_mm.convert import from_published, to_published
-from nepa_mm.convert_config import backbone_cfg
-from nepa_mm.nepa import NEPA
+from nepa_mm.checkpoints.huggingface import from_published, to_published
+from nepa_mm.checkpoints.huggingface_config import backbone_cfg
+from nepa_mm.models.nepa import NEPA
 
 CASES = sorted((Path(__file__).parent / 'parity' / 'cases').iterdir())
 TOLERANCE = 1e-5    # relative to the largest value of a tensor

@@ -8,7 +8,7 @@ import yaml
 from mmengine.config import Config
 from mmpretrain import FeatureExtractor, ImageClassificationInferencer
 
-from nepa_mm.checkpoint import read_checkpoint, save_weights
+from nepa_mm.checkpoints.io import read_checkpoint, save_weights
 
 from .conftest import REPO
 from .tiny_runs import load_tool, save_classifier, save_segmentor

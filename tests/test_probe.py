@@ -13,9 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import softmax
 
-from nepa_mm.hooks import ModelEMAHook, OnlineProbeHook
-from nepa_mm.hooks.probe import linear_scores
-from nepa_mm.knn import extract_features, knn_accuracy
+from nepa_mm.engine.hooks import ModelEMAHook, OnlineProbeHook
+from nepa_mm.evaluation.frozen_features import extract_features, knn_accuracy, linear_scores
 
 from .conftest import REPO
 from .tiny_runs import options, run_script, save_image, save_pretraining

@@ -15,7 +15,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from nepa_mm.checkpoint import find_whole_checkpoint, read_checkpoint
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 
 from .conftest import REPO
 from .faults.disks import can_mount, full_disk, mounted
@@ -77,7 +78,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(folder):
     program = begin('killed', *SLOW)
     os.killpg(program.pid, signal.SIGKILL)
     program.wait()
-    newest = Path(find_whole_checkpoint('killed')[0])
+    newest = Path(find_resumable_checkpoint('killed')[0])
     assert newest.name == 'epoch_1.pth'
     torn = Path('killed/epoch_2.pth')
     torn.write_bytes(newest.read_bytes()[:-10])
@@ -140,7 +141,7 @@ def test_a_full_disk_is_an_error_if_asked_for(folder):
         output = train('disk', *FAST, 'default_hooks.checkpoint.on_write_error=raise',
                        'default_hooks.checkpoint.max_keep_ckpts=-1', status=1)
         assert 'No space left on device' in output
-        assert find_whole_checkpoint('disk')[0] and not list(Path('disk').glob('.*.pth'))
+        assert find_resumable_checkpoint('disk')[0] and not list(Path('disk').glob('.*.pth'))
 
 
 def test_one_run_in_a_folder(folder):
@@ -155,7 +156,7 @@ def test_a_copied_run_leaves_the_other_alone(folder):
     save_classifier()
     cfg = Config.fromfile('classify.py')
     cfg.default_hooks.update(resume=dict(type='ExactResumeHook'), checkpoint=dict(
-        type='WholeCheckpointHook', save_best='accuracy/top1'))
+        type='AtomicCheckpointHook', save_best='accuracy/top1'))
     cfg.resume, cfg.optim_wrapper.optimizer.lr = True, 0.
     cfg.dump('classify.py')
     train('a', config='classify.py')

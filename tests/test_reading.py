@@ -11,8 +11,8 @@ from mmengine.registry import TRANSFORMS, init_default_scope
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from nepa_mm.layers import PatchEmbed
-from nepa_mm.reading import DataError
+from nepa_mm.models.layers import PatchEmbed
+from nepa_mm.utils.errors import DataError
 
 from .conftest import REPO
 from .tiny_runs import load_tool, run_test, run_train, save_classifier, save_segmentor
@@ -147,7 +147,7 @@ def test_classifier(kind, seen, shown):
     cfg = Config.fromfile(config)
     cfg.model.data_preprocessor.to_rgb = True
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        cfg[name].dataset.pipeline[0] = dict(type='LoadWholeImage')
+        cfg[name].dataset.pipeline[0] = dict(type='LoadImageWithPillow')
         cfg[name].dataset.extensions = [path.suffix]
     cfg.dump(config)
     run_train([config, '--work-dir', 'work'])
@@ -187,7 +187,7 @@ def test_resized(monkeypatch):
     tool = load_tool('resize_imagenet')
     monkeypatch.setitem(sys.modules, tool.__name__, tool)   # for the processes of the pool
     assert tool.main(['data', 'small', '--short-side', '14', '--workers', '1']) == []
-    load = TRANSFORMS.build(dict(type='LoadWholeImage'))
+    load = TRANSFORMS.build(dict(type='LoadImageWithPillow'))
     for kind in kinds:
         suffix, _, expected = KINDS[kind]
         found = load(dict(img_path=f'small/{kind}/image{suffix}'))['img'][..., ::-1].astype(int)
@@ -202,10 +202,10 @@ def test_resized(monkeypatch):
     (WORDS.astype(np.int32), 'int32 values from')])
 def test_values_of_unknown_range(array, sentence):
     Image.fromarray(array).save('image.tif')
-    load = TRANSFORMS.build(dict(type='LoadWholeImage'))
+    load = TRANSFORMS.build(dict(type='LoadImageWithPillow'))
     with pytest.raises(DataError, match='^image.tif has ' + sentence):
         load(dict(img_path='image.tif'))
-    load = TRANSFORMS.build(dict(type='LoadWholeImage', color_type='unchanged'))
+    load = TRANSFORMS.build(dict(type='LoadImageWithPillow', color_type='unchanged'))
     np.testing.assert_array_equal(load(dict(img_path='image.tif'))['img'], array)
 
 
@@ -214,7 +214,7 @@ def test_values_of_unknown_range(array, sentence):
 def test_broken_arrays(content):
     Path('image.npy').write_bytes(content)
     with pytest.raises(DataError, match='^The image image.npy cannot be read: [^\n]*\\.$'):
-        TRANSFORMS.build(dict(type='LoadWholeImage'))(dict(img_path='image.npy'))
+        TRANSFORMS.build(dict(type='LoadImageWithPillow'))(dict(img_path='image.npy'))
 
 
 @pytest.mark.parametrize('array', [
@@ -222,7 +222,7 @@ def test_broken_arrays(content):
     RNG.normal(size=(9, 8, 6))], ids=['13', 'rgb', 'grey', '16-bit', 'float64'])
 def test_unchanged_arrays(array):
     np.save('image.npy', array)
-    img = TRANSFORMS.build(dict(type='LoadWholeImage', color_type='unchanged'))(
+    img = TRANSFORMS.build(dict(type='LoadImageWithPillow', color_type='unchanged'))(
         dict(img_path='image.npy'))['img']
     expected = array[..., ::-1] if array.shape[2:] == (3,) else array
     expected = expected[..., 0] if array.shape[2:] == (1,) else expected
@@ -231,7 +231,7 @@ def test_unchanged_arrays(array):
 
 
 def test_unchanged_files():
-    load = TRANSFORMS.build(dict(type='LoadWholeImage', color_type='unchanged'))
+    load = TRANSFORMS.build(dict(type='LoadImageWithPillow', color_type='unchanged'))
     wanted = {'16-bit tiff': WORDS, '16-bit pgm': WORDS, '1-bit': KINDS['1-bit'][2][..., 0],
               'rgba tiff': ALPHA, 'grey alpha': ALPHA[..., [0, 3]],
               'turned': np.rot90(RGB, -1)[..., ::-1]}
@@ -247,14 +247,14 @@ def test_unchanged_files():
 def test_grayscale(form):
     image = Image.fromarray(WORDS if form == 'grey' else RGB)
     image.save('image.png')
-    img = TRANSFORMS.build(dict(type='LoadWholeImage', color_type='grayscale'))(
+    img = TRANSFORMS.build(dict(type='LoadImageWithPillow', color_type='grayscale'))(
         dict(img_path='image.png'))['img']
     np.testing.assert_array_equal(
         img, HIGH[..., 0] if form == 'grey' else np.asarray(image.convert('L')))
 
 
 def test_bad_color_type():
-    for kind in ('LoadWholeImage', 'LoadRandomResizedCrop'):
+    for kind in ('LoadImageWithPillow', 'LoadRandomResizedCrop'):
         with pytest.raises(ValueError, match="one of .'color', 'grayscale', 'unchanged'., got 'l'"):
             TRANSFORMS.build(dict(type=kind, color_type='l', **dict(scale=8) if 'Crop' in kind
                                   else {}))
@@ -262,7 +262,7 @@ def test_bad_color_type():
 
 def test_grey_data_sets_in_colour():
     """An image that is there already is converted, as an inferencer's."""
-    load = TRANSFORMS.build(dict(type='LoadWholeImage'))
+    load = TRANSFORMS.build(dict(type='LoadImageWithPillow'))
     np.testing.assert_array_equal(load(dict(img=RGB[..., 0]))['img'], GREY)
     np.testing.assert_array_equal(load(dict(img=RGB))['img'], RGB)
 

@@ -10,8 +10,9 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from nepa_mm import checkpoint
-from nepa_mm.checkpoint import find_whole_checkpoint, read_checkpoint
+from nepa_mm.checkpoints import loading as checkpoint
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 
 from .tiny_runs import (
     options,
@@ -49,7 +50,7 @@ def config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile(save_pretraining())
     cfg.default_hooks.checkpoint = dict(
-        type='WholeCheckpointHook', interval=1, max_keep_ckpts=2)
+        type='AtomicCheckpointHook', interval=1, max_keep_ckpts=2)
     cfg.default_hooks.resume = dict(type='ExactResumeHook')
     cfg.default_hooks.run_check = dict(type='RunCheckHook', odd='warn')     # runs are cut
     cfg.custom_hooks = [dict(type='RecordHook'), dict(type='ModelEMAHook', momentum=0.1)]
@@ -142,12 +143,12 @@ def emptied(path):
 def test_the_newest_whole_checkpoint_is_resumed(config, damage):
     straight = run_train([config])
     damage(Path('work_dirs/run/epoch_4.pth'))
-    assert find_whole_checkpoint('work_dirs/run')[0].endswith('work_dirs/run/epoch_3.pth')
+    assert find_resumable_checkpoint('work_dirs/run')[0].endswith('work_dirs/run/epoch_3.pth')
     resumed = run_train([config])
     assert resumed.losses == straight.losses[6:]
     log = next(Path(resumed.log_dir).glob('*.log')).read_text()
     assert 'Not resumed: ' in log and 'work_dirs/run/epoch_4.pth' in log
-    assert find_whole_checkpoint('work_dirs/run')[0].endswith('work_dirs/run/epoch_4.pth')
+    assert find_resumable_checkpoint('work_dirs/run')[0].endswith('work_dirs/run/epoch_4.pth')
 
 
 def test_a_pickle_that_executes_is_not_resumed(config):
@@ -183,7 +184,7 @@ def test_outdated_files_go_after_the_new_one_is_whole(config, monkeypatch):
 
 
 def test_settings_are_checked():
-    hook = HOOKS.get('WholeCheckpointHook')
+    hook = HOOKS.get('AtomicCheckpointHook')
     with pytest.raises(ValueError, match="'warn' or 'raise', got 'ignore'"):
         hook(on_write_error='ignore')
     with pytest.raises(ValueError, match='local files only'):
@@ -196,7 +197,7 @@ def test_a_run_removes_its_own_files_only(tmp_path, monkeypatch, best):
     """Whatever a checkpoint of another folder, or of a stranger, says about files."""
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile(save_classifier()[0])
-    cfg.default_hooks.checkpoint = dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=2,
+    cfg.default_hooks.checkpoint = dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=2,
                                         save_best='accuracy/top1')
     cfg.resume = True
     cfg.dump('run.py')

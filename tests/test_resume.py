@@ -10,7 +10,9 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 from mmpretrain.datasets import CustomDataset
 
-from nepa_mm.checkpoint import find_whole_checkpoint, read_checkpoint, select_weights
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.loading import select_weights
+from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 
 from . import recorder  # noqa: F401  for runs in this process
 from .tiny_runs import options, refused, run_script, run_train, save_image, save_pretraining
@@ -42,7 +44,7 @@ def save_run(wrap=None, change=None, param_scheduler=None):
     cfg = Config.fromfile(save_pretraining())
     cfg.custom_imports = dict(imports=['nepa_mm', 'tests.recorder'], allow_failed_imports=False)
     cfg.default_hooks.update(
-        checkpoint=dict(type='WholeCheckpointHook', interval=1),
+        checkpoint=dict(type='AtomicCheckpointHook', interval=1),
         resume=dict(type='ExactResumeHook'), guard=dict(type='NonFiniteGuardHook'))
     cfg.custom_hooks = [dict(type='RecorderHook'), dict(type='ModelEMAHook', momentum=0.1)]
     cfg.default_hooks.run_check = dict(type='RunCheckHook', odd='warn')
@@ -55,7 +57,7 @@ def save_run(wrap=None, change=None, param_scheduler=None):
     cfg.param_scheduler = dict(type='LayerDecayCosineLR', warmup_ratio=0.3, per_layer_warmup=True,
                                convert_to_iter_based=True, end=EPOCHS)
     data = cfg.train_dataloader.dataset
-    data.pipeline = [dict(type='LoadWholeImage'), dict(type='RandomResizedCrop', scale=28),
+    data.pipeline = [dict(type='LoadImageWithPillow'), dict(type='RandomResizedCrop', scale=28),
                      dict(type='RandomFlip', prob=0.5), dict(type='PackInputs')]
     for file in Path('data/imagenet/train').glob('n*/*'):    # not those of save_pretraining
         if int(file.stem) >= NUM:
@@ -116,7 +118,7 @@ def change(config, work_dir, *layouts):
 
 
 def weights(work_dir):
-    state = read_checkpoint(find_whole_checkpoint(work_dir)[0])
+    state = read_checkpoint(find_resumable_checkpoint(work_dir)[0])
     return [tensor for key in ('state_dict', 'ema_state_dict') for tensor in state[key].values()]
 
 

@@ -407,7 +407,7 @@ def test_errors_of_what_the_runner_builds_late(trainable):
              'train_dataloader.*Rezise'),
             ({'train_dataloader.dataset.pipeline': [dict(type='RandomResizedCrop', scale=28)]},
              'train_dataloader: .*img'),
-            ({'val_dataloader.dataset.pipeline': [dict(type='LoadWholeImage'),
+            ({'val_dataloader.dataset.pipeline': [dict(type='LoadImageWithPillow'),
                                                   dict(type='CenterCrop', crop_size='a')]},
              'val_dataloader'),
             ({'val_evaluator.type': 'Acuracy'}, 'Acuracy')):
@@ -422,7 +422,7 @@ def test_a_refused_run_keeps_what_was_there(trainable):
                       for path in Path('work_dirs').rglob('*') if path.is_file()}
 
 
-@pytest.mark.parametrize('load', ['LoadWholeImage', 'LoadImageFromFile'])
+@pytest.mark.parametrize('load', ['LoadImageWithPillow', 'LoadImageFromFile'])
 def test_damaged_image_in_a_worker_ends_in_one_sentence(trainable, folder, load):
     Path('data/train/cat/1.jpg').write_bytes(b'\xff\xd8\xff nothing')
     pipeline = [dict(type=load), dict(type='Resize', scale=(28, 28)), dict(type='PackInputs')]

@@ -17,10 +17,10 @@ from mmpretrain import FeatureExtractor
 from mmseg.apis import MMSegInferencer
 from safetensors.torch import load_file
 
-from nepa_mm.checkpoint import read_checkpoint
-from nepa_mm.convert import to_published
-from nepa_mm.convert_config import DEFAULTS
-from nepa_mm.safe_load import safe_load
+from nepa_mm.checkpoints.huggingface import to_published
+from nepa_mm.checkpoints.huggingface_config import DEFAULTS
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.safe_load import safe_load
 
 from .faults.hostile import Call, tensor, zipped
 from .test_convert import SMALL, build, convert, write_published
@@ -87,7 +87,7 @@ def test_addresses_are_read_as_safely(folder, monkeypatch):
         server.shutdown()
     assert not Path('pwned').exists()
     assert {loader.__module__ for loader in CheckpointLoader._schemes.values()} == {
-        'nepa_mm.checkpoint'}
+        'nepa_mm.checkpoints.io'}
 
 
 def test_texts_of_a_config_are_not_evaluated(folder):

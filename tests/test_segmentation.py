@@ -16,9 +16,10 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 from torch import nn
 
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.optim import BF16OptimWrapper, LayerDecayOptimWrapperConstructor
-from nepa_mm.segmentation import PATCH_RULES
+from nepa_mm.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from nepa_mm.engine.optim_wrapper import BF16OptimWrapper
+from nepa_mm.models.segmentors import PATCH_RULES
+from nepa_mm.models.vit import NEPAViT
 
 from .conftest import REPO
 from .conftest import TINY as THREE_BLOCKS

@@ -12,12 +12,12 @@ from mmengine.fileio import get
 from mmengine.registry import DATASETS, init_default_scope
 from pyarrow import parquet
 
-from nepa_mm import shards
-from nepa_mm.reading import DataError
+from nepa_mm.datasets import imagenet_shards as shards
+from nepa_mm.utils.errors import DataError
 
 from .tiny_runs import run_script, run_train, save_image, save_pretraining
 
-PIPELINE = [dict(type='LoadWholeImage'), dict(type='PackInputs')]
+PIPELINE = [dict(type='LoadImageWithPillow'), dict(type='PackInputs')]
 
 
 def add(opened, name, content):

@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from nepa_mm import backbone, peers
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.history import DeferredHistory
-from nepa_mm.hooks import ModelEMAHook
+from nepa_mm import peers
+from nepa_mm.engine.hooks import ModelEMAHook
+from nepa_mm.engine.hooks.deferred_runtime_info import DeferredHistory
+from nepa_mm.models import vit as backbone
+from nepa_mm.models.vit import NEPAViT
 
 from .conftest import TINY, smooth_images
 
@@ -287,7 +288,7 @@ class Reads(Hook):
 
 OUR_HOOKS = [dict(type='NonFiniteGuardHook'), dict(type='ExactResumeHook'),
              dict(type='UnreadableImageHook'),
-             dict(type='WholeCheckpointHook', interval=1, priority='VERY_LOW')]
+             dict(type='AtomicCheckpointHook', interval=1, priority='VERY_LOW')]
 
 
 @pytest.mark.parametrize('info, fused, waits', [

@@ -14,10 +14,10 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmpretrain.datasets import ImageNet
 from mmpretrain.models import ImageClassifier
 
-from nepa_mm import stack
-from nepa_mm.classic import MissingOperators
-from nepa_mm.nepa import NEPA
-from nepa_mm.safe_load import safe_load
+from nepa_mm.checkpoints.safe_load import safe_load
+from nepa_mm.compat import stack
+from nepa_mm.compat.classic import MissingOperators
+from nepa_mm.models.nepa import NEPA
 
 from .conftest import REPO, TINY
 

@@ -14,7 +14,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from PIL import Image
 
-from nepa_mm import runtime
+from nepa_mm.apis import check_data, fill_dataloaders
+from nepa_mm.apis.runner import scale_lr
 
 from .conftest import REPO
 from .tiny_runs import (
@@ -99,7 +100,7 @@ def test_freed_memory_is_kept():
     code = (
         'import resource, torch\n'
         'from nepa_mm import runtime\n'
-        'assert runtime.keep_freed_memory() if {keep} else True\n'
+        'assert apis.keep_freed_memory() if {keep} else True\n'
         'for _ in range(3): torch.ones(2 ** 26)\n'     # 256 MB each
         'before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
         'for _ in range(3): torch.ones(2 ** 26)\n'
@@ -142,10 +143,10 @@ def test_scale_lr_counts_processes_and_leaves_the_head_lr():
         train_dataloader=dict(batch_size=128),
         optim_wrapper=dict(optimizer=dict(lr=4e-3), paramwise_cfg=dict(head_lr=1e-3),
                            accumulative_counts=2)))
-    assert len(runtime.scale_lr(cfg, world_size=2)) == 1
+    assert len(scale_lr(cfg, world_size=2)) == 1
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(2e-3)
     assert cfg.optim_wrapper.paramwise_cfg.head_lr == 1e-3
-    assert runtime.scale_lr(cfg, world_size=2) == []  # done once: mmengine must not do it again
+    assert scale_lr(cfg, world_size=2) == []  # done once: mmengine must not do it again
 
 
 def test_dataloader_defaults():
@@ -154,14 +155,14 @@ def test_dataloader_defaults():
         train_dataloader=dict(num_workers=2),
         val_dataloader=dict(num_workers=2, persistent_workers=False, collate_fn='mine'),
         test_dataloader=dict(num_workers=0, persistent_workers=True)))
-    runtime.fill_dataloaders(cfg)
+    fill_dataloaders(cfg)
     assert cfg.train_dataloader.persistent_workers is True
     assert cfg.train_dataloader.collate_fn.type == 'default_collate'
     assert cfg.val_dataloader.persistent_workers is False
     assert cfg.val_dataloader.collate_fn == 'mine'
     assert cfg.test_dataloader.persistent_workers is False  # torch refuses it without workers
     seg = Config(dict(default_scope='mmseg', train_dataloader=dict(num_workers=2)))
-    runtime.fill_dataloaders(seg)
+    fill_dataloaders(seg)
     assert 'collate_fn' not in seg.train_dataloader
 
 
@@ -196,7 +197,7 @@ def test_missing_ade20k_says_its_layout():
         img_path='images/training', seg_map_path='annotations/training'))
     cfg = Config(dict(train_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=dataset))))
     with pytest.raises(FileNotFoundError) as error:
-        runtime.check_data(cfg, 'train_dataloader', 'val_dataloader')
+        check_data(cfg, 'train_dataloader', 'val_dataloader')
     assert f"'{root}/images/training' does not exist" in str(error.value)
     assert (f'{root}/images/{{training,validation}}/*.jpg and '
             f'{root}/annotations/{{training,validation}}/*.png') in str(error.value)
@@ -205,7 +206,7 @@ def test_missing_ade20k_says_its_layout():
 def test_data_sets_without_a_folder_are_left_alone():
     for dataset in (dict(type='CIFAR10', data_root='nowhere', split='train'), dict(type='Digits'),
                     dict(type='ImageNet', data_root='s3://bucket', split='train')):
-        runtime.check_data(Config(dict(val_dataloader=dict(dataset=dataset))), 'val_dataloader')
+        check_data(Config(dict(val_dataloader=dict(dataset=dataset))), 'val_dataloader')
 
 
 def test_scripts_print_the_sentence_and_no_traceback(folder):

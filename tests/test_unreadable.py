@@ -11,8 +11,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS, TRANSFORMS
 from PIL import Image
 
-from nepa_mm.hooks.unreadable import ReadableSamples
-from nepa_mm.reading import UnreadableImageError
+from nepa_mm.engine.hooks.unreadable_images import ReadableSamples
+from nepa_mm.utils.errors import UnreadableImageError
 
 from .conftest import REPO
 from .tiny_runs import (
@@ -24,7 +24,7 @@ from .tiny_runs import (
     save_pretraining,
 )
 
-LOADERS = [[dict(type='LoadWholeImage'), dict(type='RandomResizedCrop', scale=28,
+LOADERS = [[dict(type='LoadImageWithPillow'), dict(type='RandomResizedCrop', scale=28,
                                               backend='pillow')],
            [dict(type='LoadRandomResizedCrop', scale=28)]]
 
@@ -63,7 +63,7 @@ ODD = dict(
 def test_odd_images_are_loaded(tmp_path, kind):
     path = str(tmp_path / 'image.JPEG')
     ODD[kind](path)
-    results = TRANSFORMS.build(dict(type='LoadWholeImage'))(dict(img_path=path))
+    results = TRANSFORMS.build(dict(type='LoadImageWithPillow'))(dict(img_path=path))
     pixels = results['img'][..., ::-1]
     assert pixels.dtype == np.uint8 and results['img_shape'] == pixels.shape[:2]
     with Image.open(path) as image:
@@ -248,4 +248,4 @@ def test_our_configs(path, replaced):
     cfg = Config.fromfile(REPO / 'configs' / f'{path}.py')
     hook = HOOKS.build(cfg.default_hooks.unreadable)
     assert hook.replace_labelled == replaced
-    assert cfg.train_dataloader.dataset.pipeline[0].type == 'LoadWholeImage'
+    assert cfg.train_dataloader.dataset.pipeline[0].type == 'LoadImageWithPillow'

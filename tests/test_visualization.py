@@ -1,4 +1,4 @@
-"""What the maps hold, where they are drawn, and what tools/visualize.py accepts."""
+"""What the maps hold, where they are drawn, and what tools/analysis_tools/visualize.py accepts."""
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,10 +10,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
 
-from nepa_mm import visualization
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.nepa import NEPA, NEPAHead
-from nepa_mm.visualization import (
+from nepa_mm.models.nepa import NEPA, NEPAHead
+from nepa_mm.models.vit import NEPAViT
+from nepa_mm.visualization import pages as visualization
+from nepa_mm.visualization.inspect import (
     attention_weights,
     inspect_image,
     pca_colours,

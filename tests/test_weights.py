@@ -16,7 +16,8 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from safetensors import safe_open
 
-from nepa_mm.checkpoint import load_all, read_checkpoint
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.loading import load_strict
 
 from .conftest import REPO
 from .tiny_runs import load_tool, run_test, run_train, save_classifier, save_segmentor
@@ -256,7 +257,7 @@ def test_apis_of_openmmlab(classifier):
     """Their readers know the first set, the average."""
     config, checkpoint, state = classifier
     expected = MODELS.build(Config.fromfile(config).model)
-    load_all(expected, checkpoint)
+    load_strict(expected, checkpoint)
     inferencer = mmpretrain.ImageClassificationInferencer(config, pretrained=checkpoint)
     assert inferencer('data/val/a/0.jpg')[0]['pred_label'] == 4
     for model in (mmpretrain.get_model(config, pretrained=checkpoint),

@@ -24,8 +24,15 @@ RUNTIME = dict(custom_imports=dict(imports=['nepa_mm'], allow_failed_imports=Fal
                default_hooks=dict(logger=dict(type='LoggerHook', interval=1)))
 
 
+def find_script(name):
+    """The path of a tool, a benchmark or a demo."""
+    found, = [file for folder in ('tools', 'benchmarks', 'demo', '.dev_scripts')
+              for file in (REPO / folder).rglob(name)]
+    return found
+
+
 def load_tool(name):
-    spec = importlib.util.spec_from_file_location(f'nepa_tool_{name}', TOOLS / f'{name}.py')
+    spec = importlib.util.spec_from_file_location(f'nepa_tool_{name}', find_script(f'{name}.py'))
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     return tool
@@ -48,7 +55,7 @@ def run_script(script, *args, cwd, **env):
                PYTHONPATH=str(TOOLS.parent), **env)
     env['PATH'] = os.pathsep.join([str(cwd), str(Path(sys.executable).parent), env['PATH']])
     command = [sys.executable] if script.endswith('.py') else []
-    result = subprocess.run([*command, TOOLS / script, *map(str, args)], cwd=cwd, env=env,
+    result = subprocess.run([*command, find_script(script), *map(str, args)], cwd=cwd, env=env,
                             capture_output=True, text=True)
     return result.returncode, result.stdout + result.stderr
 

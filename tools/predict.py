@@ -16,11 +16,13 @@ from mmpretrain import ImageClassificationInferencer
 from mmpretrain.apis.model import ModelHub
 from PIL import Image
 
-from nepa_mm import runtime
-from nepa_mm.channels import check_channels, color_type
-from nepa_mm.checkpoint import add_weights_argument, load_all, locate
-from nepa_mm.outputs import page_names
-from nepa_mm.reading import read_image, to_picture
+from nepa_mm import apis
+from nepa_mm.apis.channels import check_channels, color_type
+from nepa_mm.checkpoints.io import locate
+from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
+from nepa_mm.datasets.images import read_image, to_picture
+from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.outputs import page_names
 
 LABELS = 'labels'   # folder of label maps, in that of the pictures
 
@@ -54,8 +56,8 @@ def read_model(args):
         raise ValueError(f'{args.model} predicts neither classes nor segments: it has no '
                          'test_dataloader, as a pretraining config.')
     check_channels(cfg, 'test_dataloader')
-    runtime.check_checkpoint(weights, '--checkpoint')
-    for node in runtime.dicts(cfg.model):
+    apis.check_checkpoint(weights, '--checkpoint')
+    for node in dicts(cfg.model):
         node.pop('init_cfg', None)      # the checkpoint has all of it
     return cfg, locate(weights, args.weights)
 
@@ -91,7 +93,7 @@ def build(cfg, weights, device, which=None):
         infer = ImageClassificationInferencer(cfg, pretrained=weights, device=device)
     infer.color_type = color_type(cfg, 'test_dataloader')
     # the inferencers themselves would only warn, and know but the first set
-    which, meta = load_all(infer.model, weights, weights=which)
+    which, meta = load_strict(infer.model, weights, weights=which)
     named, model = meta.get('dataset_meta') or {}, infer.model
     num_classes = (model.decode_head if is_segmentation(cfg) else model.head).num_classes
     names = named.get('classes')
@@ -105,7 +107,7 @@ def build(cfg, weights, device, which=None):
 
 def names_of(cfg):
     """Classes and palette of the config's data set, or else numbers and random colours."""
-    data = next((node for node in runtime.dicts(cfg.test_dataloader.dataset)
+    data = next((node for node in dicts(cfg.test_dataloader.dataset)
                  if node.get('type') and 'pipeline' in node), {})
     known = getattr(DATASETS.get(data.get('type', '')), 'METAINFO', {}) | data.get('metainfo', {})
     num_classes = max(cfg.model.decode_head.num_classes, 2)
@@ -147,7 +149,7 @@ def is_segmentation(cfg):
 def main(argv=None):
     args = parse_args(argv)
     matplotlib.use('Agg')
-    with runtime.one_sentence_errors():
+    with apis.user_errors():
         for image in args.images:
             if not Path(image).is_file():
                 raise FileNotFoundError(f'There is no image {image}.')

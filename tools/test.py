@@ -15,13 +15,14 @@ import mmengine
 from mmengine.evaluator import DumpResults
 from mmengine.hooks import EMAHook
 
-from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
-from nepa_mm.cfg_options import add_cfg_options
-from nepa_mm.channels import check_channels, color_type
-from nepa_mm.checkpoint import add_weights_argument, load_all, locate
-from nepa_mm.outputs import check_new
-from nepa_mm.pictures import SeenImageHook, segmentation_hook
-from nepa_mm.run_check import RunCheckHook
+from nepa_mm import apis  # the import makes `mmseg::` and `nepa_mm::` bases resolve
+from nepa_mm.apis.cfg_options import add_cfg_options
+from nepa_mm.apis.channels import check_channels, color_type
+from nepa_mm.apis.run_check import RunCheckHook
+from nepa_mm.checkpoints.io import locate
+from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
+from nepa_mm.utils.outputs import check_new
+from nepa_mm.visualization.predictions import SeenImageHook, segmentation_hook
 
 
 def parse_args(argv=None):
@@ -73,7 +74,7 @@ def merge_args(cfg, args):
         raise ValueError(f'{args.config!r} has no test_dataloader, as a pretraining config: test '
                          'a fine-tuned checkpoint with its config under configs/classification '
                          'or configs/segmentation.')
-    runtime.check_checkpoint(args.checkpoint, 'CHECKPOINT')
+    apis.check_checkpoint(args.checkpoint, 'CHECKPOINT')
     cfg.load_from, cfg.resume = locate(args.checkpoint, args.weights), False
     if args.out:
         check_new(args.out, '--out')
@@ -129,7 +130,7 @@ class NamedResults(DumpResults):
 
 def load(runner, cfg, weights):
     """Load the weights for good: no hook changes them, and the Runner loads no others."""
-    which, meta = load_all(runner.model, cfg.load_from, weights=weights)
+    which, meta = load_strict(runner.model, cfg.load_from, weights=weights)
     run_check, = [hook for hook in runner.hooks if isinstance(hook, RunCheckHook)]
     run_check.note_classes(meta, cfg.load_from)
     runner.hooks[:] = [hook for hook in runner.hooks if not isinstance(hook, EMAHook)]
@@ -141,13 +142,13 @@ def load(runner, cfg, weights):
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the metrics."""
     args = parse_args(argv)
-    with runtime.one_sentence_errors() as start:
-        cfg = runtime.load_config(
+    with apis.user_errors() as start:
+        cfg = apis.load_config(
             args.config, args.cfg_options, args.work_dir, args.launcher, unread=unread(args))
         merge_args(cfg, args)
-        runtime.check_data(cfg, 'test_dataloader')
+        apis.check_data(cfg, 'test_dataloader')
         check_channels(cfg, 'test_dataloader')
-        runner = runtime.start_runner(cfg, start, 'test')
+        runner = apis.start_runner(cfg, start, 'test')
         which = load(runner, cfg, args.weights)
         if args.out and args.out_item == 'pred' and not is_segmentation(cfg):
             runner.test_evaluator.metrics.append(NamedResults(which, out_file_path=args.out))

@@ -6,9 +6,9 @@
 import argparse
 import os
 
-from nepa_mm import runtime  # the import makes `mmseg::` and `nepa_mm::` bases resolve
-from nepa_mm.cfg_options import add_cfg_options
-from nepa_mm.channels import check_channels
+from nepa_mm import apis  # the import makes `mmseg::` and `nepa_mm::` bases resolve
+from nepa_mm.apis.cfg_options import add_cfg_options
+from nepa_mm.apis.channels import check_channels
 
 TTA = ('tta_model', 'tta_pipeline')
 
@@ -56,20 +56,20 @@ def merge_args(cfg, args):
             cfg.optim_wrapper.pop(key, None)
     if args.auto_scale_lr:
         cfg.auto_scale_lr = dict(cfg.get('auto_scale_lr') or {}, enable=True)
-    runtime.set_start(cfg, args.resume)
+    apis.resolve_resume(cfg, args.resume)
 
 
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the Runner."""
     args = parse_args(argv)
-    with runtime.one_sentence_errors() as start:
-        cfg = runtime.load_config(
+    with apis.user_errors() as start:
+        cfg = apis.load_config(
             args.config, args.cfg_options, args.work_dir, args.launcher,
             unread=dict.fromkeys(TTA, 'only tools/test.py --tta reads it'))
         merge_args(cfg, args)
-        runtime.check_data(cfg, 'train_dataloader', 'val_dataloader')
+        apis.check_data(cfg, 'train_dataloader', 'val_dataloader')
         check_channels(cfg, 'train_dataloader', 'val_dataloader')
-        runner = runtime.start_runner(cfg, start, 'train')
+        runner = apis.start_runner(cfg, start, 'train')
         runner.train()
     return runner
 

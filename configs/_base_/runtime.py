@@ -7,7 +7,7 @@ custom_imports = dict(imports=['nepa_mm'], allow_failed_imports=False)
 custom_hooks = [dict(type='ModelEMAHook', momentum=1e-4)]
 default_hooks = dict(
     runtime_info=dict(type='DeferredRuntimeInfoHook'),  # logging costs the same in every iteration
-    checkpoint=dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=3),
+    checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=3),
     resume=dict(type='ExactResumeHook'),
     guard=dict(type='NonFiniteGuardHook'),
     run_check=dict(type='RunCheckHook'),     # data, classes, schedule, weights: before step 1

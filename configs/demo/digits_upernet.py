@@ -1,6 +1,6 @@
 """Segmentation of digit scenes with UPerNet, from the checkpoint of digits_pretrain.py.
 
-Data:     python tools/make_digit_scenes.py
+Data:     python demo/make_digit_scenes.py
 Command:  python tools/train.py configs/demo/digits_upernet.py
 From scratch, with the same recipe:  --cfg-options model.backbone.init_cfg=None
 
@@ -34,7 +34,7 @@ model = dict(
     test_cfg=dict(_delete_=True, mode='whole'))
 
 train_pipeline = [
-    dict(type='LoadImageFromFile', _scope_='nepa_mm'),      # LoadWholeImage
+    dict(type='LoadImageFromFile', _scope_='nepa_mm'),      # LoadImageWithPillow
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]

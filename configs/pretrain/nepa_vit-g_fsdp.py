@@ -10,7 +10,7 @@ optimizer state and average block by block: 2.5 GB on each of 8 GPUs instead of 
 recomputation 256 images keep 20 GB of activations (counted, not measured on a GPU).
 
 Every other config is sharded by --cfg-options runner_type=FSDPRunner model.backbone.with_cp=True.
-Checkpoints are those of any run, which resumes from them sharded or not. See nepa_mm/fsdp.py.
+Checkpoints are those of any run, which resumes from them sharded or not.
 """
 _base_ = ['./nepa_vit-b.py']
 

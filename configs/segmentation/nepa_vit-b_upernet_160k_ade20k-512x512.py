@@ -22,7 +22,7 @@ patch embedding (paper, Table 1d: 77.4 instead of 73.1 top-1); rescaled RoPE coo
 training; QK-norm with a weight; bf16; layer decay that leaves the last block at the full rate,
 where mmseg's constructor, and so MAE-B, multiplies every block by one more 0.65.
 Not stated in the paper, ours: 512 is not a multiple of 14, so crops are resized to 518; patch_rule
-in nepa_mm/segmentation.py has the alternatives.
+in nepa_mm/models/segmentors.py has the alternatives.
 """
 _base_ = [
     # the import tells mmengine where mmseg is, in OpenMMLab's own tools, too
@@ -31,7 +31,7 @@ _base_ = [
     'mmseg::_base_/default_runtime.py',
     'mmseg::_base_/schedules/schedule_160k.py',
 ]
-custom_imports = dict(imports=['nepa_mm', 'nepa_mm.segmentation'], allow_failed_imports=False)
+custom_imports = dict(imports=['nepa_mm', 'nepa_mm.models.segmentors'], allow_failed_imports=False)
 
 data_preprocessor = dict(mean=[127.5] * 3, std=[127.5] * 3, size=(512, 512))
 model = dict(
@@ -61,7 +61,7 @@ model = dict(
     auxiliary_head=dict(in_channels=768, num_classes=150),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
 
-# one reader of images, under the name that mmseg's inferencer looks for: LoadWholeImage
+# one reader of images, under the name that mmseg's inferencer looks for: LoadImageWithPillow
 load_image = dict(type='LoadImageFromFile', _scope_='nepa_mm')
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
 tta_pipeline = _base_.tta_pipeline
@@ -91,7 +91,7 @@ auto_scale_lr = dict(base_batch_size=16)
 
 default_hooks = dict(
     runtime_info=dict(type='DeferredRuntimeInfoHook'),
-    checkpoint=dict(type='WholeCheckpointHook', max_keep_ckpts=3),
+    checkpoint=dict(type='AtomicCheckpointHook', max_keep_ckpts=3),
     resume=dict(type='ExactResumeHook'),
     guard=dict(type='NonFiniteGuardHook'),
     run_check=dict(type='RunCheckHook'))

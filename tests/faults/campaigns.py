@@ -8,21 +8,21 @@ from functools import partial
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # the parent forks
 warnings.filterwarnings('ignore')
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from .disks import CASES as DISK_CASES  # noqa: E402
-from .disks import disks  # noqa: E402
-from .files import checkpoints, converter, images  # noqa: E402
-from .hostile import hostile  # noqa: E402
-from .kills import kills  # noqa: E402
-from .layouts import layouts  # noqa: E402
-from .shards import shards  # noqa: E402
-from .signals import CASES as SIGNAL_CASES  # noqa: E402
-from .signals import signals  # noqa: E402
-from .sizes import backbone, patches, rope  # noqa: E402
+from .disks import CASES as DISK_CASES
+from .disks import disks
+from .files import checkpoints, converter, images
+from .hostile import hostile
+from .kills import kills
+from .layouts import layouts
+from .shards import shards
+from .signals import CASES as SIGNAL_CASES
+from .signals import signals
+from .sizes import backbone, patches, rope
 
 CROP = dict(scale=28, crop_ratio_range=(0.08, 1.))
-WHOLE = [dict(type='LoadWholeImage'), dict(type='RandomResizedCrop', backend='pillow', **CROP)]
+WHOLE = [dict(type='LoadImageWithPillow'), dict(type='RandomResizedCrop', backend='pillow', **CROP)]
 FAST = [dict(type='LoadRandomResizedCrop', **CROP)]
 # title, campaign, number in full, number under pytest
 CAMPAIGNS = [
@@ -32,7 +32,7 @@ CAMPAIGNS = [
     ('full disks, odd files, two runs, leftovers', disks, len(DISK_CASES), 4),
     ('damaged checkpoints of a run', checkpoints, 1000, 200),
     ('hostile checkpoints through every command', hostile, 2000, 150),
-    ('damaged images, LoadWholeImage', partial(images, steps=WHOLE), 1000, 1000),
+    ('damaged images, LoadImageWithPillow', partial(images, steps=WHOLE), 1000, 1000),
     ('damaged images, LoadRandomResizedCrop', partial(images, steps=FAST), 1000, 1000),
     ('damaged tar and Parquet shards and their index', shards, 600, 90),
     ('damaged weights and configs in the converter', converter, 1000, 400),

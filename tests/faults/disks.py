@@ -49,10 +49,10 @@ def save_config():
     """Two iterations an epoch; a variant fills the disk in iteration 4 and empties it in 71."""
     cfg = Config.fromfile(save_pretraining())
     cfg.default_hooks.update(
-        checkpoint=dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=2),
+        checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=2),
         resume=dict(type='ExactResumeHook'), run_check=dict(type='RunCheckHook', odd='warn'))
     cfg.custom_hooks = [dict(type='UnreadableImageHook', max_share=1.)]
-    cfg.train_dataloader.dataset.pipeline[0] = dict(type='LoadWholeImage')
+    cfg.train_dataloader.dataset.pipeline[0] = dict(type='LoadImageWithPillow')
     cfg.train_cfg.max_epochs = 3
     cfg.dump('run.py')
     cfg.train_cfg.max_epochs = 40
@@ -156,8 +156,8 @@ def killed_writers():
     Path('killed').mkdir()
     for name in ('epoch_9.pth', 'best_x_epoch_1.pth', 'interrupted.pth', 'last_checkpoint'):
         subprocess.run([sys.executable, '-c', (
-            'import os\nfrom nepa_mm.checkpoint import written_whole\n'
-            f'with written_whole("killed/{name}") as file:\n'
+            'import os\nfrom nepa_mm.utils.files import atomic_write\n'
+            f'with atomic_write("killed/{name}") as file:\n'
             '    file.write_bytes(bytes(1000))\n    os.kill(os.getpid(), 9)')])
     if len(list(Path('killed').glob('.*'))) != 4:
         return 'nothing was left to clean up'

@@ -12,10 +12,11 @@ import torch
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
-from nepa_mm.checkpoint import find_whole_checkpoint, read_checkpoint
-from nepa_mm.convert import to_published
-from nepa_mm.convert_config import DEFAULTS, model_cfg
-from nepa_mm.hooks.unreadable import ReadableSamples
+from nepa_mm.checkpoints.huggingface import to_published
+from nepa_mm.checkpoints.huggingface_config import DEFAULTS, model_cfg
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
+from nepa_mm.engine.hooks.unreadable_images import ReadableSamples
 
 from ..test_convert import SMALL, build, convert, write_published
 from .kills import finish, same, save_config, start
@@ -111,13 +112,13 @@ def checkpoints(rng, num):
     if not Path('straight/last_checkpoint').is_file():
         save_config()
         finish(*start('straight'))
-    newest = Path(find_whole_checkpoint('straight')[0])
+    newest = Path(find_resumable_checkpoint('straight')[0])
     content, expected = newest.read_bytes(), read_checkpoint(newest)
     for _ in range(num):
         newest.write_bytes(mutate(rng, content))
         try:
             with no_hang():
-                file, problems = find_whole_checkpoint('straight')
+                file, problems = find_resumable_checkpoint('straight')
         except (Exception, HangError) as error:
             yield f'{type(error).__name__}: {error}'
             continue

@@ -36,9 +36,9 @@ from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import save_file
 
-from nepa_mm.checkpoint import read_checkpoint
-from nepa_mm.convert import to_published
-from nepa_mm.convert_config import DEFAULTS
+from nepa_mm.checkpoints.huggingface import to_published
+from nepa_mm.checkpoints.huggingface_config import DEFAULTS
+from nepa_mm.checkpoints.io import read_checkpoint
 
 from ..test_convert import SMALL, build, write_published
 from ..tiny_runs import load_tool, run_test, run_train, save_classifier, save_image
@@ -370,7 +370,7 @@ def prepare(base):
     base.mkdir(parents=True)
     os.chdir(base)
     run = Config.fromfile(save_pretrain())
-    run.default_hooks.checkpoint = dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=1)
+    run.default_hooks.checkpoint = dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=1)
     run.custom_hooks = [dict(type='ModelEMAHook', momentum=0.1)]
     run.param_scheduler = dict(type='CosineAnnealingLR', T_max=4, by_epoch=False)
     run.default_hooks.run_check = dict(type='RunCheckHook', odd='warn')    # of it half is run

@@ -18,7 +18,8 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from nepa_mm.checkpoint import find_whole_checkpoint, read_checkpoint
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 
 from ..tiny_runs import run_train, save_pretraining
 
@@ -44,7 +45,7 @@ def save_config():
     """Everything that a resumed run has to get right, in two iterations an epoch."""
     cfg = Config.fromfile(save_pretraining())
     cfg.default_hooks.update(
-        checkpoint=dict(type='WholeCheckpointHook', interval=1, max_keep_ckpts=2),
+        checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=2),
         resume=dict(type='ExactResumeHook'),
         run_check=dict(type='RunCheckHook', odd='warn'))    # of its schedule half is run
     cfg.custom_hooks = [dict(type='ModelEMAHook', momentum=0.1), dict(type='ProgressHook')]
@@ -55,7 +56,7 @@ def save_config():
                                convert_to_iter_based=True)
     cfg.train_dataloader.sampler.shuffle = True
     cfg.train_dataloader.dataset.pipeline[:2] = [
-        dict(type='LoadWholeImage'), dict(type='RandomResizedCrop', scale=28)]
+        dict(type='LoadImageWithPillow'), dict(type='RandomResizedCrop', scale=28)]
     cfg.train_cfg.max_epochs = EPOCHS
     cfg.dump('run.py')
 
@@ -177,7 +178,7 @@ def kills(rng, num):
 
 def lost(folder, saved):
     """What a killed run lost of ``saved`` epochs, or None."""
-    file, problems = find_whole_checkpoint(folder)
+    file, problems = find_resumable_checkpoint(folder)
     if problems:
         return f'{folder}: {problems}'
     epoch = read_checkpoint(file)['meta']['epoch'] if file else 0

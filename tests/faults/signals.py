@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from nepa_mm.checkpoint import find_whole_checkpoint, read_checkpoint
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 
 from ..tiny_runs import TOOLS, options, save_classifier
 from .kills import same
@@ -100,7 +101,7 @@ def save_config():
     cfg = Config.fromfile(save_classifier()[0])
     cfg.custom_imports.imports.append('pace')
     cfg.default_hooks.update(
-        checkpoint=dict(type='WholeCheckpointHook', interval=1, save_best='auto'),
+        checkpoint=dict(type='AtomicCheckpointHook', interval=1, save_best='auto'),
         resume=dict(type='ExactResumeHook'), guard=dict(type='NonFiniteGuardHook'),
         run_check=dict(type='RunCheckHook', odd='warn'))
     cfg.custom_hooks = [dict(type='ModelEMAHook', momentum=0.1, evaluate_on_origin=True),
@@ -193,7 +194,7 @@ def interrupt(index, expected):
             return f'{name}: status {status}: {log.read_text()[-1500:]}'
         if left:
             return f'{name}: {len(left)} processes are left'
-        file, problems = find_whole_checkpoint(folder)
+        file, problems = find_resumable_checkpoint(folder)
         if moment == 'start':
             if Path(folder).exists() and TWO[0] not in more:
                 return f'{name}: {list(Path(folder).iterdir())} are left'

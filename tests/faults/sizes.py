@@ -2,8 +2,8 @@
 import torch
 import torch.nn.functional as F
 
-from nepa_mm.backbone import NEPAViT
-from nepa_mm.layers import PatchEmbed, RotaryEmbedding, rotate
+from nepa_mm.models.layers import PatchEmbed, RotaryEmbedding, rotate
+from nepa_mm.models.vit import NEPAViT
 
 from ..conftest import TINY
 

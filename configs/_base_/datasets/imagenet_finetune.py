@@ -3,7 +3,7 @@
 Random erasing, Mixup and CutMix follow after the normalisation, in the data preprocessor.
 """
 train_pipeline = [
-    dict(type='LoadWholeImage'),
+    dict(type='LoadImageWithPillow'),
     dict(
         type='RandomResizedCrop',
         scale=224,
@@ -15,7 +15,7 @@ train_pipeline = [
     dict(type='PackInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadWholeImage'),
+    dict(type='LoadImageWithPillow'),
     dict(type='ResizeEdge', scale=256, edge='short', interpolation='bicubic', backend='pillow'),
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs'),

@@ -4,7 +4,7 @@ The crop takes 8 to 100 % of the area and is resized bilinearly; Pillow does it 
 antialiasing, as torchvision does in the reference. Fine-tuning crops bicubically.
 """
 train_pipeline = [
-    dict(type='LoadWholeImage'),
+    dict(type='LoadImageWithPillow'),
     dict(
         type='RandomResizedCrop',
         scale=224,

@@ -1,0 +1,215 @@
+"""Workloads of benchmark.py beside single steps: training with and without the Runner, data."""
+import tempfile
+import time
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, default_collate
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, FUNCTIONS
+from mmengine.runner import Runner
+from mmpretrain.structures import DataSample
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+import peers
+
+
+@DATASETS.register_module()
+class NoiseImages(Dataset):
+    """Images of noise, ready in memory.
+
+    Args:
+        num (int): How many the data set seems to have.
+    """
+
+    def __init__(self, num):
+        self.images = torch.randint(256, (4, 3, 224, 224), dtype=torch.uint8)
+        self.sample = DataSample(metainfo=dict(img_path='noise.jpg', img_shape=(224, 224)))
+        self.num = num
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, index):
+        return dict(inputs=self.images[index % 4], data_samples=self.sample)
+
+
+class TakeTurns(Hook):
+    """Let a bare loop do an iteration after each one of the Runner, and time both.
+
+    The Runner's clock stands still meanwhile; it runs from the end of the bare iteration over
+    the wait for data and all hooks to the end of its own. Each clock waits for the GPU, which
+    hides less of what the host does than in a real run, on both sides.
+
+    Args:
+        bare (callable): An iteration of the bare loop.
+        late (int): Iterations that seem to lie behind, rounded down to whole epochs.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, bare, late):
+        self.bare, self.late, self.pairs = bare, late, []
+
+    def before_train(self, runner):
+        """Pretend that there were iterations before."""
+        loop = runner.train_loop
+        loop._epoch = self.late // len(loop.dataloader)
+        loop._iter = loop._epoch * len(loop.dataloader)
+        names = ('lr', 'base_lr', 'time', 'data_time', 'loss', 'grad_norm') if self.late else ()
+        for name in names:
+            runner.message_hub.log_scalars[f'train/{name}'] = HistoryBuffer(
+                np.ones(loop._iter), np.ones(loop._iter))
+
+    def before_train_epoch(self, runner):
+        """Start the Runner's clock."""
+        self.start = time.perf_counter()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """Stop it for an iteration of the bare loop."""
+        peers.synchronize()
+        middle = time.perf_counter()
+        self.bare()
+        peers.synchronize()
+        end = time.perf_counter()
+        self.pairs.append((middle - self.start, end - middle))
+        self.start = time.perf_counter()
+
+
+class Training:
+    """An epoch of pretraining on noise by the Runner and by a bare loop, in turns.
+
+    The Runner has all hooks of the config but does not save.
+
+    Args:
+        configs (Path): Folder ``configs``.
+        network (dict): Changes of the backbone's config.
+        batch (int): Images per iteration.
+        iterations (int): Those that count, after ``WARMUP``.
+        bf16 (bool): Whether to autocast.
+    """
+
+    WARMUP = 10
+
+    def __init__(self, configs, network, batch, iterations, bf16):
+        self.bases, self.network, self.bf16 = configs / '_base_', network, bf16
+        self.batch, self.iterations = batch, self.WARMUP + iterations
+        cfg = Config.fromfile(configs / 'pretrain' / 'nepa_vit-b.py')
+        cfg.model.backbone.update(network)
+        cfg.optim_wrapper.update(accumulative_counts=1, bf16_on_cpu=bf16)
+        cfg.train_dataloader = dict(
+            batch_size=batch, num_workers=0, collate_fn=dict(type='default_collate'),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            dataset=dict(type='NoiseImages', num=batch * self.iterations))
+        cfg.param_scheduler.warmup = 0
+        cfg.default_hooks.checkpoint.update(interval=-1, save_last=False)
+        for hook in cfg.custom_hooks:
+            if hook.type == 'ThroughputHook':
+                hook.peak_tflops = 1.       # measures nothing
+        cfg.resume, cfg.log_level = False, 'ERROR'
+        self.cfg = cfg
+
+    def pairs(self, late=0, runtime_info='DeferredRuntimeInfoHook'):
+        """Seconds of an iteration of the Runner and of the next one of the bare loop.
+
+        Args:
+            late (int): How many iterations seem to lie behind. Defaults to 0.
+            runtime_info (str): Hook that logs. Defaults to our configs'.
+
+        Returns:
+            list[tuple[float, float]]: One per iteration.
+        """
+        cfg = Config(self.cfg.to_dict())
+        cfg.experiment_name = f'benchmark_{time.perf_counter_ns()}'
+        cfg.default_hooks.runtime_info.type = runtime_info
+        cfg.default_hooks.run_check.odd = 'warn'    # about the average of so short a run
+        cfg.train_cfg.max_epochs = cfg.param_scheduler.end = late // self.iterations + 1
+        turns = TakeTurns(self.bare(), late)
+        with tempfile.TemporaryDirectory() as folder:
+            cfg.work_dir = folder
+            runner = Runner.from_cfg(cfg)
+            runner.register_hook(turns)
+            runner.train()
+        return turns.pairs[self.WARMUP:]
+
+    def bare(self):
+        """An iteration of a loop that does the same work, and no more, as a function."""
+        model = peers.build_nepa(self.bases, **self.network)
+        optim = Config.fromfile(self.bases / 'schedules' / 'pretrain_bs4096_1600e.py').optim_wrapper
+        optimizer = build_optim_wrapper(model, optim).optimizer
+        parameters = list(model.parameters())
+        average = [p.detach().clone() for p in parameters]
+        batches = iter(DataLoader(NoiseImages(self.batch * self.iterations), self.batch,
+                                  collate_fn=default_collate))
+
+        def iteration():
+            batch = next(batches)
+            with torch.autocast(get_device(), torch.bfloat16, self.bf16):
+                loss = model.loss(**model.data_preprocessor(batch, True))['loss']
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, optim.clip_grad.max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, parameters, 1e-4)
+        return iteration
+
+
+def make_jpegs(folder, num):
+    """Write images of 500 x 375 pixels, about as many bytes as ImageNet's."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(num):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
+        noisy = smooth + rng.normal(0, 14, smooth.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
+            folder / f'{index}.jpg', quality=90)
+
+
+class Pipeline(Dataset):
+    """What a training pipeline makes of image files.
+
+    Args:
+        files (list[Path]): The images.
+        steps (list[dict]): The pipeline.
+    """
+
+    def __init__(self, files, steps):
+        self.files, self.pipeline = files, Compose(steps)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return self.pipeline(dict(img_path=str(self.files[index])))
+
+
+def loading(files, steps, workers, collate_fn='default_collate'):
+    """A function that loads all images and returns the seconds that it took.
+
+    Without workers, this process does it on one thread, as a worker would.
+    """
+    data = Pipeline(files, steps)
+    batches = DataLoader(data, min(64, len(data)), num_workers=workers,
+                         collate_fn=FUNCTIONS.get(collate_fn), persistent_workers=workers > 0)
+
+    def run():
+        threads = torch.get_num_threads(), cv2.getNumThreads()
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        start = time.perf_counter()
+        try:
+            for _ in batches:
+                pass
+            return time.perf_counter() - start
+        finally:
+            torch.set_num_threads(threads[0])
+            cv2.setNumThreads(threads[1])
+    return run

@@ -1,0 +1,335 @@
+"""See NEPA work: pretrain on handwritten digits, then measure what the pretraining was worth.
+
+    make demo        or        python demo/digits.py [--work-dir DIR] [--epochs N] [--seeds N]
+
+Everything goes through the Runner and configs (configs/demo) that ImageNet uses. Writes
+results.md, results.json, loss.png, prediction.png and segmentation.png; ends with status 1 when
+the pretraining collapsed or did not help.
+"""
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # two processes on two cores, not two on each
+warnings.filterwarnings('ignore')
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.hooks import Hook
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an optional package
+    import nepa_mm  # noqa: F401
+from common import train, train_on_few_labels
+from make_digit_scenes import write_digit_scenes
+from nepa_mm.apis.config import load_config
+from nepa_mm.apis.user_errors import user_errors
+from nepa_mm.checkpoints.loading import load_pretrained
+from nepa_mm.evaluation.frozen_features import knn_accuracy
+from nepa_mm.utils.outputs import own_folder
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
+LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
+ITERS = 250                     # of training UPerNet
+STARTS = ('random', 'pretrained')
+LAST_BLOCK = 'k-NN, last block'
+SEGMENTATION = 'UPerNet, 100 scenes, mIoU'
+
+
+class ProgressHook(Hook):
+    """One line that shows epochs done, loss and time left."""
+
+    def __init__(self, console, epochs):
+        self.bar = Progress(
+            TextColumn('pretraining'), BarColumn(), TextColumn('{task.completed}/{task.total}'),
+            TextColumn('epochs, loss {task.fields[loss]:+.3f},'), TimeRemainingColumn(),
+            TextColumn('left'), console=console)
+        self.task = self.bar.add_task('', total=epochs, loss=0.)
+
+    def before_train(self, runner):
+        self.bar.start()
+
+    def after_train_epoch(self, runner):
+        loss = runner.message_hub.get_scalar('train/loss').mean(len(runner.train_dataloader))
+        self.bar.update(self.task, advance=1, loss=loss)
+        if not self.bar.console.is_terminal and (runner.epoch + 1) % 10 == 0:
+            self.bar.console.print(f'epoch {runner.epoch + 1}: loss {loss:+.3f}')
+
+    def after_train(self, runner):
+        self.bar.stop()
+
+
+def classify(config, labels, start, seed, work_dir, checkpoint):
+    """Top-1 in percent of one run with few labels; runs in a process of its own."""
+    torch.set_num_threads(1)
+    return train_on_few_labels(
+        CONFIGS / f'{config}.py', Path(work_dir) / f'{config}_{labels}_{start}_{seed}', labels,
+        LABELS[labels], seed, checkpoint if start == 'pretrained' else None)
+
+
+def segment(start, seed, work_dir, checkpoint):
+    """mIoU in percent of one UPerNet on the scenes; runs in a process of its own."""
+    torch.set_num_threads(1)
+    options = {
+        'randomness.seed': seed, 'train_cfg.max_iters': ITERS, 'train_cfg.val_interval': ITERS,
+        'default_hooks.checkpoint.interval': ITERS,
+        **{f'{split}_dataloader.dataset.data_root': str(Path(work_dir) / 'scenes')
+           for split in ('train', 'val')}}
+    if start == 'random':
+        options['model.backbone.init_cfg'] = None
+    else:
+        options['model.backbone.init_cfg.checkpoint'] = checkpoint
+    runner = train(CONFIGS / 'digits_upernet.py', segmentor_dir(work_dir, start, seed), options)
+    return runner.message_hub.get_scalar('val/mIoU').current()
+
+
+def segmentor_dir(work_dir, start, seed):
+    return Path(work_dir) / f'digits_upernet_{start}_{seed}'
+
+
+def compare(jobs, work_dir, checkpoint, seeds):
+    """Run jobs from both starts over all seeds, one process per core.
+
+    Args:
+        jobs (dict[str, Callable]): Name -> a function of start, seed, ``work_dir`` and
+            ``checkpoint``.
+        work_dir (str): The demo's folder.
+        checkpoint (str): Of the pretraining.
+        seeds (int): Runs per job and start.
+
+    Returns:
+        dict: Name -> start -> list of results, one per seed.
+    """
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        futures = {(name, start): [pool.submit(job, start, seed, work_dir, checkpoint)
+                                   for seed in range(seeds)]
+                   for name, job in jobs.items() for start in STARTS}
+        return {name: {start: [f.result() for f in futures[name, start]] for start in STARTS}
+                for name in jobs}
+
+
+def check(results):
+    """What went wrong with the pretraining, as sentences; none if it helped.
+
+    Args:
+        results (dict): ``loss`` (float, at the end), ``spread`` (float, standard deviation
+            of the normalised embeddings times sqrt(D): 1 if they fill the sphere, 0 if they
+            are all equal) and ``rows`` (name -> start -> list of accuracies).
+
+    Two rows do not count: the last block's features are made to resemble the next embedding
+    and are shallow by construction (paper, Table 6), and UPerNet, whose decoder is as large as
+    the network, learns these scenes as well without pretraining (README).
+    """
+    problems = []
+    if results['loss'] < -0.999 or results['spread'] < 0.1:
+        problems.append(f'The pretraining collapsed: its loss is {results["loss"]:.4f} and the '
+                        f'spread of the embeddings {results["spread"]:.3f} (1 is all '
+                        'directions, 0 is one point).')
+    for name, row in results['rows'].items():
+        random, pretrained = (np.mean(row[start]) for start in STARTS)
+        if pretrained <= random and name not in (LAST_BLOCK, SEGMENTATION):
+            problems.append(f'The pretraining did not help: {name} gives {pretrained:.1f} % '
+                            f'with it and {random:.1f} % without.')
+    return problems
+
+
+@torch.no_grad()
+def embedding_spread(model, images):
+    z = F.normalize(model.backbone.embed(images)[0].flatten(0, 1), dim=-1)
+    return (z.var(dim=0).sum().sqrt()).item()
+
+
+def plot_loss(losses, path):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    smooth = np.convolve(losses, np.ones(21) / 21, mode='valid')
+    axes.plot(losses, color='#93c5fd', linewidth=0.7, label='each update')
+    axes.plot(np.arange(len(smooth)) + 10, smooth, color='#1d4ed8', label='mean of 21 updates')
+    axes.set(xlabel='update', ylabel='loss = - mean cosine', title='NEPA on handwritten digits')
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def plot_predictions(model, bank, images, path):
+    """Images, what the model expects of each patch, and how well that meets the patch.
+
+    An embedding is shown as the training patch whose embedding is nearest to it.
+
+    Args:
+        model (NEPA): The pretrained model, in evaluation mode.
+        bank (Tensor): Normalised training images (M, 3, H, W).
+        images (Tensor): Normalised images to show (n, 3, H, W).
+        path (Path): The picture.
+    """
+    import matplotlib.pyplot as plt
+
+    backbone, (size, _) = model.backbone, model.backbone.patch_embed.patch_size
+    z, (gh, gw) = backbone.embed(images)
+    h = model.predict_embeddings(z, (gh, gw))
+    patches = F.unfold(bank[:, :1], size, stride=size).transpose(1, 2).flatten(0, 1)
+    keys = F.normalize(backbone.embed(bank)[0].flatten(0, 1), dim=-1)
+    nearest = (F.normalize(h, dim=-1) @ keys.T).argmax(dim=-1)              # n N
+    expected = F.fold(patches[nearest].transpose(1, 2), images.shape[2:], size, stride=size)
+    cosine = F.cosine_similarity(h, z, dim=-1).unflatten(1, (gh, gw))
+
+    rows = [('image', images[:, 0], dict(cmap='gray', vmin=-1, vmax=1)),
+            ('predicted:\neach patch from\nthose before it', expected[:, 0],
+             dict(cmap='gray', vmin=-1, vmax=1)),
+            ('cosine of\nprediction\nand patch', cosine, dict(cmap='viridis', vmin=0, vmax=1))]
+    figure, axes = plt.subplots(3, len(images), figsize=(1.25 * len(images) + 2, 4.6),
+                                layout='constrained')
+    for line, (label, pictures, style) in zip(axes, rows):
+        for axis, picture in zip(line, pictures):
+            shown = axis.imshow(picture, extent=(0, gw, gh, 0), interpolation='nearest', **style)
+            axis.set(xticks=range(gw + 1), yticks=range(gh + 1), xticklabels=[], yticklabels=[])
+            axis.tick_params(length=0)
+            axis.grid(color='#64748b', linewidth=0.4)
+        line[0].set_ylabel(label, rotation=0, ha='right', va='center')
+    figure.colorbar(shown, ax=axes[2], fraction=0.05, pad=0.01)
+    figure.suptitle('What NEPA expects next on digits that it has not seen; patches are read '
+                    'row by row')
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_segmentation(work_dir, path, num=6):
+    """Scenes, their labels and what the segmentors of seed 0 make of them.
+
+    Args:
+        work_dir (Path): The demo's folder.
+        path (Path): The picture.
+        num (int): How many validation scenes. Defaults to 6.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+    from mmseg.apis import inference_model, init_model
+
+    names = [f'{i:05d}' for i in range(num)]
+    images = [str(work_dir / f'scenes/images/validation/{name}.jpg') for name in names]
+    rows = {'image': [np.asarray(Image.open(image)) for image in images]}
+    labels = [np.asarray(Image.open(work_dir / f'scenes/annotations/validation/{name}.png'))
+              for name in names]
+    rows['truth'] = [label.astype(int) - 1 for label in labels]
+    for start, row in (('pretrained', 'prediction,\nwith pretraining'),
+                       ('random', 'prediction,\nwithout')):
+        folder = segmentor_dir(work_dir, start, 0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = init_model(str(folder / 'digits_upernet.py'),
+                               str(folder / f'iter_{ITERS}.pth'), device='cpu')
+        rows[row] = [result.pred_sem_seg.data[0].numpy()
+                     for result in inference_model(model, images)]
+    classes = model.dataset_meta['classes']
+    palette = np.array([*model.dataset_meta['palette'], [128, 128, 128]]) / 255  # -1: unlabelled
+    figure, axes = plt.subplots(len(rows), num, figsize=(1.5 * num + 2, 6.8), layout='constrained')
+    for line, (name, pictures) in zip(axes, rows.items()):
+        for axis, picture in zip(line, pictures):
+            axis.imshow(picture if picture.ndim == 3 else palette[picture], interpolation='nearest')
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, rotation=0, ha='right', va='center')
+    figure.legend(handles=[Patch(color=colour, label=label) for colour, label
+                           in zip(palette, (*classes, 'unlabelled edge'))],
+                  loc='outside lower center', ncols=6, frameon=False)
+    figure.suptitle('UPerNet on NEPA, scenes of digits that it has not seen')
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def show(console, results, path):
+    """Print the table and write it as Markdown."""
+    head = 'accuracy on 500 test digits or mIoU on 100 scenes, %'
+    table = Table(head, 'without', 'with pretraining', 'gain')
+    lines = [f'| {head} | without | with pretraining | gain |',
+             '| --- | --- | --- | --- |']
+    for name, row in results['rows'].items():
+        cells = [f'{np.mean(row[s]):.1f}' + (f' ± {np.std(row[s]):.1f}' if len(row[s]) > 1 else '')
+                 for s in STARTS]
+        cells.append(f'{np.mean(row["pretrained"]) - np.mean(row["random"]):+.1f}')
+        table.add_row(name, *cells)
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    console.print(table)
+    path.write_text('\n'.join(lines) + '\n')
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
+    parser.add_argument('--epochs', type=int, default=60, help='of pretraining (default: 60)')
+    parser.add_argument('--seeds', type=int, default=3,
+                        help='runs per start and number of labels (default: 3)')
+    args = parser.parse_args(argv)
+    console, begin, out = Console(file=sys.stdout), time.time(), args.work_dir
+    with user_errors():
+        own_folder(out, '.nepa_mm_demo')
+    torch.set_num_threads(1)
+
+    console.print('NEPA reads the 16 patches of a digit in order and predicts the next one.')
+    runner = train(CONFIGS / 'digits_pretrain.py', out / 'digits_pretrain', {
+        'train_cfg.max_epochs': args.epochs, 'param_scheduler.end': args.epochs,
+        'param_scheduler.warmup': min(3, args.epochs - 1),
+        'default_hooks.checkpoint.interval': args.epochs}, ProgressHook(console, args.epochs))
+    losses = np.array(runner.message_hub.get_scalar('train/loss').data[0])
+    checkpoint = out / 'digits_pretrain' / f'epoch_{args.epochs}.pth'
+
+    console.print('Classifying by nearest neighbours, training with few labels, segmenting ...')
+    cfg = load_config(CONFIGS / 'digits_finetune.py',
+                      {'train_dataloader.dataset.num_labels': None})
+    cfg.train_dataloader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
+    init_default_scope('mmpretrain')
+    bank, queries = (Runner.build_dataloader(loader)
+                     for loader in (cfg.train_dataloader, cfg.test_dataloader))
+    torch.manual_seed(0)
+    models = {start: MODELS.build(runner.cfg.model).eval() for start in STARTS}
+    load_pretrained(models['pretrained'].backbone, checkpoint, 'backbone.')
+    rows = {name: {start: [knn_accuracy(models[start], bank, queries, block=block)['top1']]
+                   for start in STARTS}
+            for name, block in (('k-NN, first block', 0), (LAST_BLOCK, -1))}
+    write_digit_scenes(out / 'scenes')
+    jobs = {'linear probe, first block, 300 labels': partial(classify, 'digits_linear', 300),
+            **{f'fine-tuning, {n} labels': partial(classify, 'digits_finetune', n)
+               for n in LABELS},
+            SEGMENTATION: segment}
+    rows |= compare(jobs, str(out), str(checkpoint), args.seeds)
+
+    model = models['pretrained']
+    normalise = model.data_preprocessor
+    images = {name: torch.cat([normalise(batch)['inputs'] for batch in loader])
+              for name, loader in (('bank', bank), ('queries', queries))}
+    results = dict(rows=rows, loss=float(losses[-21:].mean()),
+                   spread=embedding_spread(model, images['queries']),
+                   seconds=round(time.time() - begin))
+    (out / 'results.json').write_text(json.dumps(results, indent=2))
+    plot_loss(losses, out / 'loss.png')
+    plot_predictions(model, images['bank'], images['queries'][:8], out / 'prediction.png')
+    plot_segmentation(out, out / 'segmentation.png')
+    show(console, results, out / 'results.md')
+    problems = check(results)
+    for problem in problems:
+        console.print(problem, style='red')
+    console.print(f'{results["seconds"]} s. Table, loss curve and pictures of predictions '
+                  f'and segmentation are in {out}.', soft_wrap=True)
+    return bool(problems)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

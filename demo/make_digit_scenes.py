@@ -1,0 +1,90 @@
+"""Write scenes of handwritten digits on textured backgrounds, in ADE20K's folder layout.
+
+    python demo/make_digit_scenes.py [--out data/digit_scenes] [--train 100] [--val 100] [--seed 0]
+
+The data of configs/demo/digits_upernet.py; :func:`digit_scene` explains the labels.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nepa_mm.apis import user_errors
+from nepa_mm.datasets.digits import SPLITS, Digits
+from nepa_mm.utils.outputs import own_folder
+
+SCENE = 32              # pixels of a scene, per side: two cells, with a digit in each of the four
+DIGIT = (15, 16)        # pixels of a digit, per side, at least and at most
+EDGE = (0.25, 0.4)      # share of ink: background below, digit above, unlabelled between
+
+
+def digit_scene(rng, digits):
+    """Four digits on a textured background, and what each pixel shows.
+
+    Args:
+        rng (numpy.random.Generator): All randomness.
+        digits (list[dict]): Samples of :class:`Digits`.
+
+    Returns:
+        tuple[ndarray, ndarray]: Image (32, 32, 3) and labels (32, 32), both uint8. Labels are
+        counted as in ADE20K: 0 unlabelled, 1 background, 2 to 11 the digits 0 to 9.
+    """
+    cells = rng.integers(4, 17)
+    texture = Image.fromarray(rng.integers(0, 61, (cells, cells, 3), dtype=np.uint8))
+    image = np.asarray(texture.resize((SCENE, SCENE), Image.Resampling.BICUBIC), np.float64)
+    label = np.ones((SCENE, SCENE), np.uint8)
+    half = SCENE // 2
+    for corner in ((0, 0), (0, half), (half, 0), (half, half)):
+        digit, side = digits[rng.integers(len(digits))], rng.integers(DIGIT[0], DIGIT[1] + 1)
+        top, left = corner + rng.integers(0, half - side + 1, 2)
+        place = np.s_[top:top + side, left:left + side]
+        ink = Image.fromarray(digit['img'][..., 0]).resize((side, side), Image.Resampling.BICUBIC)
+        ink = np.asarray(ink, np.float64) / 255
+        image[place] += ink[..., None] * (255 - image[place])
+        label[place][ink >= EDGE[0]] = 0
+        label[place][ink >= EDGE[1]] = 2 + digit['gt_label']
+    return image.round().astype(np.uint8), label
+
+
+def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
+    """Write scenes in ADE20K's folder layout, a small data set for semantic segmentation.
+
+    Args:
+        folder (str | Path): Gets ``images/`` and ``annotations/``, each with ``training/`` and
+            ``validation/``.
+        num_train (int): Training scenes, of training digits. Defaults to 100.
+        num_val (int): Validation scenes, of test digits. Defaults to 100.
+        seed (int): A scene depends on it and on its own number only. Defaults to 0.
+
+    Raises:
+        FileExistsError: The folder holds anything else.
+    """
+    own_folder(Path(folder), '.nepa_mm_scenes')
+    for split, part, num in (('train', 'training', num_train), ('test', 'validation', num_val)):
+        images, labels = (Path(folder) / kind / part for kind in ('images', 'annotations'))
+        images.mkdir(parents=True, exist_ok=True)
+        labels.mkdir(parents=True, exist_ok=True)
+        digits = Digits(split, pipeline=[]).load_data_list()
+        for i in range(num):
+            rng = np.random.default_rng((seed, SPLITS.index(split), i))
+            image, label = digit_scene(rng, digits)
+            Image.fromarray(image).save(images / f'{i:05d}.jpg', quality=95, subsampling=0)
+            Image.fromarray(label).save(labels / f'{i:05d}.png')
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', default='data/digit_scenes', help='the folder')
+    parser.add_argument('--train', type=int, default=100, help='training scenes (default: 100)')
+    parser.add_argument('--val', type=int, default=100, help='validation scenes (default: 100)')
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args(argv)
+    with user_errors():
+        write_digit_scenes(args.out, args.train, args.val, args.seed)
+    print(f'wrote {args.train} + {args.val} scenes into {args.out}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,203 @@
+"""How images become the input of a network, in numbers: for those who have no OpenMMLab pipeline.
+
+An *input* is a dict of plain values: ``resize``, the short side in pixels or [height, width];
+``crop``, [height, width] of the centre or None; ``interpolation`` and ``backend`` of the resizing;
+``mean`` and ``std`` per channel, of pixels from 0 to 255; ``channel_order``, 'RGB', 'BGR' or 'any'.
+"""
+import math
+
+from mmengine.registry import DATASETS
+from mmengine.utils import to_2tuple
+
+# the codes of PIL.Image.Resampling, which preprocessor_config.json uses
+RESAMPLE = dict(nearest=0, lanczos=1, bilinear=2, bicubic=3, box=4, hamming=5)
+BACKENDS = ('pillow', 'cv2')
+STEPS_WITHOUT_EFFECT = ('LoadImageFromFile', 'LoadImageWithPillow', 'LoadAnnotations', 'PackInputs',
+                        'PackSegInputs')
+
+
+def input_of(cfg):
+    """The input of a config's network: of its test pipeline or, in pretraining, its crops.
+
+    Args:
+        cfg (dict): With ``model`` and ``test_dataloader`` or ``train_dataloader``; or with
+            ``input``, as a file of ours records it.
+
+    Returns:
+        dict | None: See above; None if the config has no pipeline.
+
+    Raises:
+        ValueError: A step of the test pipeline cannot be said in these terms, or what was
+            recorded is damaged.
+    """
+    try:
+        found = cfg.get('input') or _input_of(cfg)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f'No network has images by a config like this: {error!r}.') from error
+    return _checked(found) if found is not None else None
+
+
+def _input_of(cfg):
+    for name in ('test_dataloader', 'train_dataloader'):
+        dataset = (cfg.get(name) or {}).get('dataset') or {}
+        while dataset.get('pipeline') is None and dataset.get('dataset'):     # of a wrapper
+            dataset = dataset['dataset']
+        if dataset.get('pipeline'):
+            break
+    else:
+        return None
+    read = _read_test_pipeline if name == 'test_dataloader' else _read_crops
+    found = dict(resize=None, crop=None, interpolation='bilinear', backend='cv2')
+    found.update(read(dataset['pipeline']))
+    return found | pixels_of(cfg)
+
+
+def pixels_of(cfg):
+    """``mean``, ``std`` and ``channel_order`` of a config's data preprocessor."""
+    settings = cfg['model'].get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    channels = cfg['model']['backbone'].get('in_channels', 3)
+    to_rgb = settings.get('to_rgb') or settings.get('bgr_to_rgb')
+    return dict(
+        mean=[float(x) for x in settings.get('mean') or [0.] * channels],
+        std=[float(x) for x in settings.get('std') or [1.] * channels],
+        channel_order='any' if channels != 3 else 'RGB' if to_rgb else 'BGR')
+
+
+def _read_test_pipeline(pipeline):
+    found = {}
+    for step in pipeline:
+        kind = str(step['type']).rpartition('.')[2]
+        if kind in STEPS_WITHOUT_EFFECT:
+            continue
+        plain = (kind == 'ResizeEdge' and step.get('edge', 'short') == 'short'
+                 or kind == 'Resize' and step.get('scale') and not step.get('keep_ratio'))
+        if plain and not found:
+            scale = step['scale']
+            found.update(
+                resize=int(scale) if kind == 'ResizeEdge' else list(to_2tuple(scale))[::-1],
+                interpolation=step.get('interpolation', 'bilinear'),
+                backend=step.get('backend', 'cv2'))
+        elif kind == 'CenterCrop' and 'crop' not in found and not step.get('auto_pad'):
+            found.update(crop=list(to_2tuple(step['crop_size']))[::-1])
+        else:
+            raise ValueError(
+                f'The step {dict(step)} of the test pipeline cannot be said in the files of '
+                'others, which know one Resize or ResizeEdge, then one CenterCrop.')
+    return found
+
+
+def _read_crops(pipeline):
+    """Pretraining looks at no whole image; the shape is that of its crops."""
+    sizes = [step for step in pipeline if 'scale' in step or 'crop_size' in step]
+    if not sizes:
+        return {}
+    scale = sizes[-1].get('crop_size', sizes[-1].get('scale'))
+    crop = list(to_2tuple(scale))[::-1]
+    return dict(resize=min(crop) if crop[0] == crop[1] else crop, crop=crop,
+                interpolation=sizes[-1].get('interpolation', 'bilinear'),
+                backend=sizes[-1].get('backend', 'cv2'))
+
+
+def _checked(found):
+    """The input itself, if it is one; it may come from a file that anybody wrote."""
+    try:
+        sizes = [found['resize'], *(found['crop'] or [])]
+        sizes += sizes.pop(0) if isinstance(sizes[0], list) else []
+        numbers = found['mean'] + found['std']
+        good = (all(type(size) is int and 0 < size < 2 ** 16 for size in sizes if size is not None)
+                and all(isinstance(x, float) and math.isfinite(x) for x in numbers)
+                and len(found['mean']) == len(found['std']) and min(found['std']) > 0
+                and (found['crop'] is None or len(found['crop']) == 2)
+                and found['backend'] in BACKENDS and found['interpolation'] in (*RESAMPLE, 'area')
+                and found['channel_order'] in ('RGB', 'BGR', 'any'))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(f'This is no description of an input: {repr(found)[:200]}.')
+    return found
+
+
+def published_input(config):
+    """How the authors evaluate a classifier with a published ``config.json`` (complete)."""
+    size, channels = to_2tuple(config['image_size']), config['num_channels']
+    large = config['hidden_size'] == 1024 and tuple(size) == (224, 224)
+    resize = [235, 235] if large else round(min(size) * 256 / 224)
+    return dict(
+        resize=resize, crop=list(size), interpolation='bicubic', backend='pillow',
+        mean=[127.5] * channels, std=[127.5] * channels,
+        channel_order='RGB' if channels == 3 else 'any')
+
+
+def size_of(found):
+    """Height and width of the network's input, None if they are those of each image."""
+    if found['crop']:
+        return found['crop']
+    return found['resize'] if isinstance(found['resize'], list) else None
+
+
+def pipeline_of(found):
+    """The test pipeline of an input, the inverse of :func:`input_of`."""
+    how = dict(interpolation=found['interpolation'], backend=found['backend'])
+    resize, crop = found['resize'], found['crop']
+    channels = len(found['mean'])
+    color = {} if channels == 3 else dict(
+        color_type='grayscale' if channels == 1 else 'unchanged')
+    steps = [dict(type='LoadImageWithPillow', **color)]
+    if isinstance(resize, list):
+        steps.append(dict(type='Resize', scale=tuple(resize[::-1]), **how))
+    elif resize:
+        steps.append(dict(type='ResizeEdge', scale=resize, edge='short', **how))
+    if crop:
+        steps.append(dict(type='CenterCrop', crop_size=tuple(crop[::-1])))
+    return [*steps, dict(type='PackInputs')]
+
+
+def preprocessor_config(found):
+    """``preprocessor_config.json``, as transformers' BitImageProcessor reads it.
+
+    Raises:
+        ValueError: The interpolation is OpenCV's 'area', or channels are in the order BGR.
+    """
+    if found['interpolation'] not in RESAMPLE or found['channel_order'] == 'BGR':
+        raise ValueError(
+            'A preprocessor_config.json knows neither interpolation="area" nor the channel order '
+            f'BGR; the test pipeline has {found["interpolation"]} and {found["channel_order"]}.')
+    resize, crop = found['resize'], found['crop']
+    shape = ('height', 'width')
+    config = dict(
+        image_processor_type='BitImageProcessor', do_convert_rgb=len(found['mean']) == 3,
+        do_resize=resize is not None, do_center_crop=crop is not None,
+        resample=RESAMPLE[found['interpolation']], do_rescale=True, rescale_factor=1 / 255,
+        do_normalize=True, image_mean=[x / 255 for x in found['mean']],
+        image_std=[x / 255 for x in found['std']])
+    if resize is not None:
+        config['size'] = (dict(zip(shape, resize)) if isinstance(resize, list)
+                          else dict(shortest_edge=resize))
+    if crop is not None:
+        config['crop_size'] = dict(zip(shape, crop))
+    return config
+
+
+def class_names(cfg, meta):
+    """Names of the classes: of the checkpoint, or else of the config's data set.
+
+    Args:
+        cfg (dict): The config, see :func:`input_of`.
+        meta (dict): The ``meta`` of the checkpoint.
+
+    Returns:
+        list[str] | None: In the order of the network's outputs, if they are known.
+    """
+    sources = [meta.get('dataset_meta')]
+    for name in ('test_dataloader', 'train_dataloader'):
+        dataset = (cfg.get(name) or {}).get('dataset') or {}
+        sources += [dataset.get('metainfo'), dataset]
+        for registry in (DATASETS, *DATASETS.children.values()):
+            registry.import_from_location()     # and no more: get() would import what a file names
+            found = registry.module_dict.get(str(dataset.get('type')).rpartition('.')[2])
+            sources.append(getattr(found, 'METAINFO', None))
+    for source in sources:
+        names = source.get('classes') if isinstance(source, dict) else None
+        if isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names):
+            return list(names)
+    return None

@@ -1,0 +1,1 @@
+"""Checkpoints of any origin: read safely, converted, loaded into a network."""

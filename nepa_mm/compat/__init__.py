@@ -1,0 +1,1 @@
+"""Which OpenMMLab stack is installed, and what the original distributions need."""

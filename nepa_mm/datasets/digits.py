@@ -1,0 +1,63 @@
+"""Handwritten digits, shipped with scikit-learn."""
+import numpy as np
+from mmengine.registry import DATASETS
+from mmpretrain.datasets.base_dataset import BaseDataset
+
+SPLITS = ('train', 'test')
+NUM_TRAIN = 1297
+
+
+@DATASETS.register_module()
+class Digits(BaseDataset):
+    """1,797 handwritten digits of 8 x 8 pixels (UCI ML repository, shipped with scikit-learn).
+
+    A fixed shuffle gives 1,297 images for training and 500 for testing.
+
+    Args:
+        split (str): 'train' or 'test'.
+        num_labels (int, optional): Keep only this many images, the same number of
+            every class. Defaults to None: all.
+        seed (int): Which ones are kept. Defaults to 0.
+        **kwargs: ``pipeline``, ``test_mode`` and others of mmpretrain's BaseDataset.
+
+    Each sample starts as ``img`` (8, 8, 3), uint8, and ``gt_label``.
+
+    Raises:
+        ValueError: ``split`` is something else, or ``num_labels`` is no multiple of 10
+            or more than there are.
+        ImportError: scikit-learn is missing.
+    """
+
+    METAINFO = dict(classes=tuple('0123456789'))
+
+    def __init__(self, split, num_labels=None, seed=0, **kwargs):
+        if split not in SPLITS:
+            raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')
+        self.split, self.num_labels, self.seed = split, num_labels, seed
+        super().__init__(ann_file='', **kwargs)
+
+    def load_data_list(self):
+        """All samples of the split, as mmengine's BaseDataset wants them."""
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise ImportError('The Digits data set is part of scikit-learn; '
+                              'type: pip install scikit-learn') from None
+        images, labels = load_digits(return_X_y=True)
+        order = np.random.default_rng(0).permutation(len(labels))
+        order = order[:NUM_TRAIN] if self.split == 'train' else order[NUM_TRAIN:]
+        if self.num_labels is not None:
+            order = self._balanced(order, labels)
+        images = (images * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8, 1)
+        return [dict(img=images[i].repeat(3, axis=2), img_shape=(8, 8), ori_shape=(8, 8),
+                     gt_label=int(labels[i])) for i in order]
+
+    def _balanced(self, order, labels):
+        classes = [order[labels[order] == label] for label in range(10)]
+        most = 10 * min(map(len, classes))
+        if self.num_labels % 10 or not 0 < self.num_labels <= most:
+            raise ValueError(f'num_labels must be a multiple of 10 up to {most}, '
+                             f'got {self.num_labels}.')
+        rng = np.random.default_rng(self.seed)
+        return np.concatenate([rng.permutation(members)[:self.num_labels // 10]
+                               for members in classes])

@@ -1,0 +1,162 @@
+"""Masks of segmentation, read with a look at every value."""
+import mmcv
+import numpy as np
+from mmengine import fileio
+from mmengine.registry import TRANSFORMS
+
+from nepa_mm.compat import stack
+
+stack.require('mmseg')
+
+from mmseg.datasets.transforms import LoadAnnotations
+
+from nepa_mm.utils.errors import DataError
+
+MANY = 8    # values or names in a sentence
+
+
+def read_mask(path, backend='pillow', backend_args=None):
+    """The values of a mask as its file has them: (height, width), of any type.
+
+    Raises:
+        DataError: It cannot be read, or has several channels.
+    """
+    try:
+        mask = mmcv.imfrombytes(
+            fileio.get(path, backend_args), flag='unchanged', backend=backend)
+        mask = mask[..., 0] if mask.ndim == 3 and mask.shape[2] == 1 else mask
+    except Exception as error:      # every backend and decoder raises its own
+        reason = (str(error).strip() or type(error).__name__).split('\n')[0].split(' <_io')[0]
+        raise DataError(f'The mask {path} cannot be read: {reason.rstrip(".")}.') from error
+    if mask.ndim != 2:
+        colours = np.unique(mask.reshape(-1, mask.shape[-1]), axis=0)
+        colours = (colours[:, [2, 1, 0, *range(3, mask.shape[-1])]]     # as people write them
+                   if mask.shape[-1] > 2 else colours)
+        raise DataError(
+            f'The mask {path} is a picture of {mask.shape[-1]} channels with colours such as '
+            f'{join([tuple(colour.tolist()) for colour in colours[:3]])}, but the data set needs '
+            'masks of one class index per pixel (a grey or palette PNG).')
+    return mask
+
+
+def values_of(mask):
+    """The different values of a mask, ascending."""
+    if mask.dtype == np.uint8:      # a sort takes ten times as long
+        return np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    return np.unique(mask.astype(int) if mask.dtype == bool else mask)
+
+
+def join(words):
+    """``[0, 1, 2]`` -> ``'0, 1 and 2'``."""
+    *words, last = map(str, words)
+    return f'{", ".join(words)} and {last}' if words else last
+
+
+def spans(values):
+    """``[0, 1, 2, 255]`` -> ``'0..2 and 255'``; integers, ascending."""
+    ends = []
+    for value in values:
+        if ends and ends[-1][1] == value - 1:
+            ends[-1][1] = value
+        else:
+            ends.append([value, value])
+    return join(f'{a}..{b}' if b > a else a for a, b in ends) if ends else 'none'
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedMask(LoadAnnotations):
+    """mmseg's LoadAnnotations, which refuses masks that would be read as something else.
+
+    Any file whose values are class indices will do: grey, palette, 1 and 16 bits, whole floats.
+
+    Args:
+        num_classes (int): ``num_classes`` of the decode head; 1, a single logit, is two classes.
+        ignore_index (int): The label that is left out, after ``reduce_zero_label`` and the
+            data set's ``label_map``. Defaults to 255.
+        **kwargs: ``imdecode_backend``, ``backend_args`` and ``reduce_zero_label`` of
+            LoadAnnotations.
+
+    Raises:
+        DataError: The mask cannot be read, has several channels, another size than its image, or
+            a value that is no class and not ignored.
+        ValueError: ``reduce_zero_label`` differs from the data set's.
+    """
+
+    def __init__(self, num_classes, ignore_index=255, **kwargs):
+        super().__init__(**kwargs)
+        self.num_classes, self.ignore_index = max(num_classes, 2), ignore_index
+        self.no_void = False        # that 255 beside 0 alone is the other class, not void
+
+    @classmethod
+    def like(cls, loader, num_classes, ignore_index):
+        """With the options of a LoadAnnotations."""
+        self = cls(num_classes, ignore_index, imdecode_backend=loader.imdecode_backend,
+                   backend_args=loader.backend_args)
+        self.reduce_zero_label = loader.reduce_zero_label   # as an argument it is deprecated
+        return self
+
+    def _load_seg_map(self, results):
+        results['gt_seg_map'] = self.read(results)[1]
+        results['seg_fields'].append('gt_seg_map')
+
+    def read(self, results):
+        """The values in the file of ``results['seg_map_path']``, and its labels.
+
+        Returns:
+            tuple: The different values, ascending, and labels (height, width), uint8.
+        """
+        path, table = results['seg_map_path'], self.labels(results)
+        mask = read_mask(path, self.imdecode_backend, self.backend_args)
+        size = results.get('ori_shape', mask.shape)[:2]
+        if tuple(size) != mask.shape:
+            height, width = mask.shape
+            raise DataError(f'The mask {path} has {height} x {width} pixels, but its image '
+                            f'{results.get("img_path")} {size[0]} x {size[1]} (height x width).')
+        values = values_of(mask)
+        allowed = (table < self.num_classes) | (table == self.ignore_index)
+        if not np.isin(values, np.flatnonzero(allowed)).all():
+            raise DataError(f'The mask {path} {self.sentence(values, results)}.')
+        if self.no_void and values.tolist() == [0, 255]:
+            raise DataError(f'The mask {path} {self.sentence(values, results)}, and other masks '
+                            'hold 1 but never beside 255.')
+        return values.astype(np.uint8), table[mask.astype(np.uint8)]
+
+    def labels(self, results):
+        """The label that each value of a mask stands for, as mmseg has it: (256,), uint8."""
+        reduce_zero_label = results.get('reduce_zero_label', False)
+        if self.reduce_zero_label not in (None, reduce_zero_label):
+            raise ValueError(f'reduce_zero_label={self.reduce_zero_label} of LoadAnnotations '
+                             f'differs from {reduce_zero_label} of the data set, which counts.')
+        table = np.arange(256)
+        if reduce_zero_label:
+            table = np.where((table == 0) | (table == 255), 255, table - 1)
+        old = table.copy()
+        for source, target in (results.get('label_map') or {}).items():
+            table[old == source] = target
+        return table.astype(np.uint8)
+
+    def sentence(self, values, results):
+        """'holds the values ..., but the classes are ...', and what to do."""
+        table = self.labels(results)
+        ignored = table == self.ignore_index
+        classes = np.flatnonzero((table < self.num_classes) & ~ignored)
+        names = [f'{value:g}' if isinstance(value, float) else value for value in values.tolist()]
+        found = (f'{len(names)} values, {names[0]}..{names[-1]}' if len(names) > MANY else
+                 f'the value{"s" if len(names) > 1 else ""} {join(names)}')
+        out = np.flatnonzero(ignored).tolist()
+        if results.get('reduce_zero_label') or len(out) > 1:
+            left_out = f'{spans(out)} {"are" if len(out) > 1 else "is"} ignored'
+            if results.get('reduce_zero_label'):
+                left_out += ' (reduce_zero_label=True)'
+        else:
+            left_out = f'{self.ignore_index} is ignore_index'
+        hint = ('; if 0 is no class, give the data set reduce_zero_label=True'
+                if values[-1] == self.num_classes and not results.get('reduce_zero_label') else '')
+        return (f'holds {found}, but the classes are {spans(classes.tolist())}, {left_out}: the '
+                f'data set needs masks of class indices{hint}')
+
+
+def listing(names):
+    """``"'cat' and 'dog'"``, shortened where there are many."""
+    more = len(names) - MANY
+    return join([repr(name) for name in names[:MANY]] + ([f'{more} more'] if more > 0 else []))

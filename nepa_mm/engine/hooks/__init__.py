@@ -1,0 +1,14 @@
+"""Hooks for mmengine's Runner; importing this package registers them."""
+from .atomic_checkpoint import AtomicCheckpointHook
+from .deferred_runtime_info import DeferredRuntimeInfoHook
+from .exact_resume import ExactResumeHook
+from .model_ema import ModelEMAHook
+from .nepa_monitor import NEPAMonitorHook
+from .non_finite_guard import NonFiniteGuardHook
+from .online_probe import OnlineProbeHook
+from .throughput import ThroughputHook
+from .unreadable_images import UnreadableImageHook
+
+__all__ = ['DeferredRuntimeInfoHook', 'ExactResumeHook', 'ModelEMAHook',
+           'NEPAMonitorHook', 'NonFiniteGuardHook', 'OnlineProbeHook', 'ThroughputHook',
+           'UnreadableImageHook', 'AtomicCheckpointHook']

@@ -1,0 +1,278 @@
+"""Checkpoints that are whole or not there, whatever happens while they are written."""
+import os
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+
+import torch
+from mmengine import dist
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, IterBasedTrainLoop
+
+from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
+from nepa_mm.engine.hooks.non_finite_guard import NonFiniteGuardHook
+from nepa_mm.utils.files import atomic_write, lock_folder, remove_leftovers, survive_full_disk
+from nepa_mm.utils.signals import STATUS, listen, request, restore, shield_workers
+
+
+class AtomicLocalBackend(LocalBackend):
+    """Local files, written whole, and removed only when :meth:`remove_outdated` is called."""
+
+    def __init__(self):
+        self.outdated = []
+
+    def put(self, obj, filepath):
+        """Write ``obj`` beside the place, flush it to the disk, and rename it."""
+        with atomic_write(filepath, overwrite=True) as temporary:
+            temporary.write_bytes(obj)
+
+    def remove(self, filepath):
+        """Note that a file is outdated; a newer one is not yet whole."""
+        self.outdated.append(filepath)
+
+    def remove_outdated(self):
+        """Remove what was noted, if it is files."""
+        while self.outdated:
+            path = Path(self.outdated.pop())
+            if path.is_file():
+                path.unlink(missing_ok=True)
+
+    def rmtree(self, dir_path):
+        """Keep a folder: a checkpoint is none."""
+
+
+register_backend('atomic', AtomicLocalBackend)
+
+
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook, which never leaves a run without a checkpoint to resume.
+
+    - A file is written beside its place, flushed to the disk and renamed; the one that it
+      makes superfluous, also the previous best, goes only then, and ``last_checkpoint``
+      follows. A failed write leaves nothing behind, neither on the disk nor in the run.
+    - A run that resumes takes the newest whole checkpoint of its ``work_dir`` and warns
+      about newer ones that are not. What it resumes is read as tensors and plain values
+      only, never as a pickle that could execute something.
+    - SIGTERM (Slurm, spot instances) ends the run after the update at hand, among several
+      processes one or two updates later (they have to agree), with ``interrupted.pth``
+      to resume from, and the exit status 143. Workers of data loaders ignore it. The
+      validation in which it came is repeated by the run that resumes.
+
+    Args:
+        on_write_error (str): 'warn' lets the run go on without that checkpoint, and try
+            again at the next interval; 'raise' ends it. Defaults to 'warn'.
+        **kwargs: Arguments of :class:`mmengine.hooks.CheckpointHook`; files must be local.
+
+    Raises:
+        ValueError: ``on_write_error`` is something else, or files would not be local.
+    """
+
+    def __init__(self, on_write_error='warn', **kwargs):
+        if on_write_error not in ('warn', 'raise'):
+            raise ValueError(f"on_write_error must be 'warn' or 'raise', got {on_write_error!r}.")
+        remote = (kwargs.get('backend_args') or kwargs.get('file_client_args')
+                  or '://' in str(kwargs.get('out_dir')))
+        if remote:
+            raise ValueError(f'{type(self).__name__} writes local files only, got {remote}; use '
+                             'CheckpointHook for others.')
+        super().__init__(**dict(kwargs, backend_args=dict(backend='atomic')))
+        self.on_write_error = on_write_error
+        self.listening = self.validating = False
+
+    def before_run(self, runner):
+        """Take the folder for this run alone, and choose what to resume, before that is read."""
+        if not isinstance(runner._train_loop, BaseLoop):
+            return
+        survive_full_disk(runner.visualizer, runner.logger)
+        folder = runner.work_dir
+        if self.out_dir not in (None, folder):      # mmengine's rule
+            folder = os.path.join(self.out_dir, os.path.basename(folder.rstrip(os.sep)))
+        auto = runner._resume and not runner._has_loaded and runner._load_from is None
+        needed = ['message_hub'] + ['optimizer'] * self.save_optimizer
+        needed += ['param_schedulers'] * bool(
+            self.save_param_scheduler and runner.param_schedulers)
+        found = [self._take(folder, auto, needed) if dist.is_main_process() else None]
+        dist.broadcast_object_list(found)
+        refusal, file, problems = found[0]
+        if refusal:
+            raise ValueError(refusal)
+        if not auto:
+            return
+        for problem in problems:
+            runner.logger.warning(f'Not resumed: {problem}')
+        if file is None:
+            runner.logger.info('No whole checkpoint to resume: starting anew.')
+            runner._resume = False
+        else:
+            runner.logger.info(f'The newest whole checkpoint is {file}.')
+            runner._load_from = file
+
+    def _take(self, folder, auto, needed):
+        """Lock a folder and clean it up: (why it is refused, what to resume, what is damaged)."""
+        self.lock = lock_folder(folder)
+        if self.lock is None:
+            return (f'Another run writes into {folder}; wait for its end, or give another '
+                    '--work-dir.', None, [])
+        for name in ('epoch_*.pth', 'iter_*.pth', 'best_*.pth', 'interrupted.pth',
+                     'last_checkpoint'):
+            remove_leftovers(Path(folder, name))
+        return (None, *(find_resumable_checkpoint(folder, needed) if auto else (None, [])))
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        """Learn whether the run was interrupted in a validation."""
+        self.validating = runner._resume and checkpoint['meta'].get('validating', False)
+
+    def before_train(self, runner):
+        """Listen to SIGTERM, and repeat the validation that it interrupted."""
+        _leave_names(runner.message_hub.runtime_info)
+        super().before_train(runner)
+        if self.save_best is not None and len(self.key_indicators) == 1:
+            self.best_ckpt_path = self._own(self.best_ckpt_path)
+        elif self.save_best is not None:
+            self.best_ckpt_path_dict = {
+                key: self._own(name) for key, name in self.best_ckpt_path_dict.items()}
+        loops = [loop for loop in (runner.train_loop, runner.val_loop) if loop is not None]
+        for loop in loops:
+            shield_workers(loop.dataloader)
+        self.guarded = any(isinstance(hook, NonFiniteGuardHook) and hook.watching
+                           for hook in runner.hooks)
+        self.previous, self.listening = listen(), True
+        if self.validating and runner.val_loop is not None:
+            runner.logger.info('Repeating the validation that SIGTERM interrupted.')
+            runner.val_loop.run()
+            if os.path.isfile(os.path.join(self.out_dir, self._name(self._step(runner)))):
+                self.file_backend.remove(os.path.join(self.out_dir, 'interrupted.pth'))
+                self.file_backend.remove_outdated()
+
+    def _own(self, name):
+        return name and os.path.join(self.out_dir, name)
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        """Save names of files, for the folder of a run may be moved or copied."""
+        _leave_names(checkpoint['message_hub']['runtime_info'])
+
+    def _step(self, runner):
+        return runner.epoch if self.by_epoch else runner.iter
+
+    def after_train(self, runner):
+        """Stop listening."""
+        with self._all_or_nothing(runner):
+            super().after_train(runner)
+        restore(self.previous)
+        self.listening = False
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """Save if it is time to; if SIGTERM came, save and exit."""
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        if runner.optim_wrapper.should_update() and (
+                request.agreed if self.guarded and dist.get_world_size() > 1
+                else self._somebody_is_terminated()):
+            self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter + 1,
+                                validating=_validation_follows(runner))
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """If SIGTERM came in a validation of a training, save and exit."""
+        if not self.listening:
+            return
+        loader = runner.val_loop.dataloader
+        common = len(loader.dataset) // dist.get_world_size() // (loader.batch_size or 1)
+        # processes may have one batch more than others
+        if batch_idx < common and self._somebody_is_terminated():
+            self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter, validating=True)
+
+    @staticmethod
+    def _somebody_is_terminated():
+        if dist.get_world_size() == 1:
+            return request.received
+        terminated = torch.tensor(int(request.received), device=dist.get_comm_device())
+        dist.all_reduce(terminated, 'max')
+        return bool(terminated.item())
+
+    def _save_and_exit(self, runner, **meta):
+        runner.logger.warning('SIGTERM: saving interrupted.pth and exiting.')
+        with self._all_or_nothing(runner):
+            self._write(runner, 'interrupted.pth', meta)
+        dist.barrier()
+        raise SystemExit(STATUS)
+
+    def _save_checkpoint_with_step(self, runner, step, meta):
+        with self._all_or_nothing(runner):
+            if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+                if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                    self.file_backend.remove(
+                        os.path.join(self.out_dir, self._name(self.keep_ckpt_ids.popleft())))
+                self.keep_ckpt_ids.append(step)
+                runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+            self._write(runner, self._name(step), meta)
+            self.file_backend.remove(os.path.join(self.out_dir, 'interrupted.pth'))
+
+    def _name(self, step):
+        return self.filename_tmpl.format(step)
+
+    def _write(self, runner, name, meta):
+        self.last_ckpt = os.path.join(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir, name, save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
+            backend_args=self.backend_args, **self.args)
+        if dist.is_main_process():
+            pointer = os.path.join(runner.work_dir, 'last_checkpoint')
+            self.file_backend.put(self.last_ckpt.encode(), pointer)
+
+    def _save_best_checkpoint(self, runner, metrics):
+        with self._all_or_nothing(runner):
+            super()._save_best_checkpoint(runner, metrics)
+
+    @contextmanager
+    def _all_or_nothing(self, runner):
+        """Remove what is outdated if all was written; else forget that writing was tried."""
+        own = {name: copy(value) for name, value in vars(self).items()
+               if name != 'file_backend'}
+        info = dict(runner.message_hub.runtime_info)
+        outer, self.writing = getattr(self, 'writing', False), True
+        try:
+            yield
+            if not outer and dist.is_main_process():
+                self.file_backend.remove_outdated()
+        except OSError as error:
+            if outer:
+                raise
+            vars(self).update(own)
+            self.file_backend.outdated = []
+            runner.message_hub.runtime_info.clear()
+            runner.message_hub.runtime_info.update(info)
+            if self.on_write_error == 'raise':
+                raise
+            # with the iteration, for mmengine logs equal warnings once
+            runner.logger.warning(f'The checkpoint of iteration {runner.iter} could not be '
+                                  f'written, the run goes on without it: {error}')
+        finally:
+            self.writing = outer
+
+
+def _leave_names(info):
+    """Of what a checkpoint says about files leave names of checkpoints, and numbers.
+
+    It may come from another folder, or from a stranger, and these files will be removed.
+    """
+    for key, value in list(info.items()):
+        if key == 'last_ckpt' or key.startswith('best_ckpt'):
+            name = Path(str(value)).name
+            info[key] = name if name.startswith('best_') or key == 'last_ckpt' else None
+        elif key.startswith('best_score') and not isinstance(value, (int, float)):
+            del info[key]
+    ids = info.get('keep_ckpt_ids', [])
+    info['keep_ckpt_ids'] = [step for step in ids if type(step) is int] if (
+        isinstance(ids, list)) else []
+
+
+def _validation_follows(runner):
+    """Whether a loop that counts iterations validates after this one, which a resume goes past."""
+    loop, done = runner.train_loop, runner.iter + 1
+    return (isinstance(loop, IterBasedTrainLoop) and runner.val_loop is not None
+            and done >= loop.val_begin
+            and (done % loop.val_interval == 0 or done == loop.max_iters))

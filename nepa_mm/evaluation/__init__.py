@@ -1,0 +1,1 @@
+"""Scores beyond the libraries' own."""

@@ -1,0 +1,11 @@
+"""The networks; importing this package registers them. Start reading at nepa.py.
+
+segmentors.py needs mmseg, so configs of segmentation name it in ``custom_imports``.
+"""
+from .data_preprocessor import NEPADataPreprocessor
+from .heads import AttentiveClsHead
+from .nepa import NEPA, NEPAHead, next_embedding_loss
+from .vit import NEPAViT
+
+__all__ = ['NEPA', 'AttentiveClsHead', 'NEPADataPreprocessor', 'NEPAHead', 'NEPAViT',
+           'next_embedding_loss']

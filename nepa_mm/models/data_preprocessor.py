@@ -1,0 +1,67 @@
+"""Images to the device, and normalised there."""
+import torch
+from mmengine.registry import MODELS
+from mmpretrain.models.utils.data_preprocessor import SelfSupDataPreprocessor
+
+
+@MODELS.register_module()
+class NEPADataPreprocessor(SelfSupDataPreprocessor):
+    """mmpretrain's SelfSupDataPreprocessor, bit for bit, without a wait for the device.
+
+    A batch travels as uint8, from pinned memory without blocking, and is normalised there in
+    place. Labels stay where they are: pretraining reads none. A batch of ``encoded_collate``
+    travels as JPEGs and becomes pixels on the device.
+
+    Images have any number of channels. Those of one channel, normalised by three values, become
+    three channels, as in the parent class.
+
+    Args:
+        mean, std (Sequence[float], optional): One value, or one for each channel. Default to
+            None: images are not normalised.
+        to_rgb (bool): Whether images of three channels are reversed; others never are. Defaults
+            to False.
+        **kwargs: Others of the parent class.
+
+    Raises:
+        ValueError: ``mean`` and ``std`` have different numbers of values.
+    """
+
+    def __init__(self, mean=None, std=None, **kwargs):
+        super().__init__(non_blocking=True, **kwargs)
+        if len(() if mean is None else mean) != len(() if std is None else std):
+            raise ValueError('mean and std need one value each, or one for each channel, got '
+                             f'{mean} and {std}.')
+        if mean is not None:    # the parent class takes 1 or 3 values only
+            self._enable_normalize = True
+            for name, values in dict(mean=mean, std=std).items():
+                self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), False)
+
+    def forward(self, data, training=False):
+        """Images (B, C, height, width) of ``data['inputs']`` to normalised fp32.
+
+        A list of them, the views of mmpretrain's MultiView, becomes a list.
+        """
+        images = data['inputs']
+        if isinstance(images, (list, tuple)) and all(
+                isinstance(view, torch.Tensor) and view.dim() == 4 for view in images):
+            images = [self._normalise(view) for view in images]
+        else:
+            if not isinstance(images, torch.Tensor) or images.dim() == 1:   # JPEGs
+                from nepa_mm.datasets.transforms.gpu_decode import decode_crops
+                images = decode_crops(images, data['data_samples'], self.device)
+            images = self._normalise(images)
+        return dict(inputs=images, data_samples=data.get('data_samples'))
+
+    def _normalise(self, images):
+        images = self.cast_data(images)
+        if self._channel_conversion and images.shape[1] == 3:
+            images = images.flip(1)         # a list of indices would be copied, with a wait
+        images = images.to(torch.float32, copy=True)
+        if not self._enable_normalize:
+            return images
+        if len(self.mean) not in (1, images.shape[1]):
+            if images.shape[1] != 1:
+                raise ValueError(f'mean and std of the data_preprocessor have {len(self.mean)} '
+                                 f'values, but the images {images.shape[1]} channels.')
+            images = images.repeat(1, len(self.mean), 1, 1)
+        return images.sub_(self.mean).div_(self.std)

@@ -1,0 +1,217 @@
+"""Look inside a network: one page per image with where a patch looks and what it predicts.
+
+    python tools/analysis_tools/visualize.py CONFIG CHECKPOINT IMAGE... [--query ROW COL] [--grid]
+
+Attention of a query patch, features as colours and, of a pretrained network, its prediction at
+the query, how well every patch is predicted, and the lift over copying. Classifiers and segmentors
+do not predict, so their pages have the first two. Files are read as the config reads them; of more
+than three channels the first three are shown as red, green and blue, one channel as grey, and
+values other than 8-bit are stretched from the smallest to the largest.
+"""
+import argparse
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from mmengine.device import get_device
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image, ImageOps
+
+from nepa_mm import apis
+from nepa_mm.apis.cfg_options import add_cfg_options
+from nepa_mm.apis.channels import check_channels, color_type, preprocessing
+from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
+from nepa_mm.datasets.images import read_image, to_picture
+from nepa_mm.models.vit import NEPAViT
+from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.outputs import page_names
+from nepa_mm.visualization.inspect import inspect_image
+from nepa_mm.visualization.pages import draw_page, draw_sheet
+
+READS = ('model', 'data_preprocessor', 'train_dataloader', 'default_scope', 'custom_imports')
+UNREAD = {'model.backbone.init_cfg': 'CHECKPOINT names the weights'}
+SHEET = 16      # images on one contact sheet
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of pretraining, a classifier or a segmentor')
+    parser.add_argument('checkpoint', help='.pth or .safetensors file, folder with published '
+                        'weights, or hf://owner/name[@revision]')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    parser.add_argument('--query', nargs=2, type=int, metavar=('ROW', 'COL'),
+                        help='query patch, from 0 (default: a random one in each image)')
+    parser.add_argument('--seed', type=int, default=0, help='of random queries (default: 0)')
+    parser.add_argument('--layers', nargs='+', type=int, metavar='L',
+                        help='layers whose attention is averaged, from 0 or from the end '
+                        '(default: the first two thirds, 0 to 15 of ViT-L as in the paper)')
+    parser.add_argument('--heads', nargs='+', type=int, metavar='H',
+                        help='heads that are averaged, from 0 (default: all)')
+    parser.add_argument('--rollout', action='store_true',
+                        help='follow attention through these layers instead of averaging them')
+    parser.add_argument('--block', type=int,
+                        help='block whose features become colours, from 0 or from the end '
+                        '(default: the last of the first two thirds)')
+    parser.add_argument('--size', type=int, help='short side of what the model sees in pixels, '
+                        "rounded to whole patches (default: the config's training crop)")
+    parser.add_argument('--grid', action='store_true',
+                        help=f'also write contact sheets of up to {SHEET} images')
+    parser.add_argument('--out-dir', default='visualization', help='where pictures go')
+    add_weights_argument(parser)
+    parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
+    add_cfg_options(parser)
+    return parser.parse_args(argv)
+
+
+def build_backbone(cfg, args):
+    """The backbone of the config's model with the checkpoint's weights, and which they are."""
+    backbone = (cfg.get('model') or {}).get('backbone') or {}
+    if str(backbone.get('type')).rpartition('.')[2] != NEPAViT.__name__:
+        raise ValueError(f'{args.config} has no model with a NEPAViT as backbone, but '
+                         f'{backbone.get("type")}.')
+    if backbone.get('scan', 'raster') != 'raster':
+        raise ValueError(f'{args.config} reads patches in scan order {backbone["scan"]!r}; the '
+                         "pictures are made for 'raster' only.")
+    backbone.pop('init_cfg', None)      # the checkpoint has all of it
+    init_default_scope(cfg.get('default_scope', 'mmpretrain'))
+    backbone = MODELS.build(backbone)
+    weights, _ = load_strict(backbone, args.checkpoint, prefix='backbone.', weights=args.weights)
+    return backbone.to(args.device or get_device()).eval(), weights
+
+
+def training_size(cfg):
+    """Short side of the crops that the config trains on; 224 if it does not say."""
+    sizes = [step.get('crop_size', step.get('scale'))
+             for step in dicts(cfg.get('train_dataloader') or {})]
+    sizes = [np.min(size) for size in sizes if size is not None]
+    return int(sizes[-1]) if sizes else 224
+
+
+def fit_image(image, size, patch_size):
+    """Resize an image to a whole number of patches with its aspect kept.
+
+    Args:
+        image (ndarray): (height, width) or (height, width, C), of any size.
+        size (int): Its short side in pixels, rounded to whole patches.
+        patch_size (tuple[int, int]): Height and width of a patch in pixels.
+
+    Returns:
+        ndarray: The same. What is left over, less than half a patch at either end, is cut off.
+
+    Raises:
+        ValueError: ``size`` is less than two patches.
+    """
+    if size < 2 * max(patch_size):
+        raise ValueError(f'The short side must have at least two patches, {2 * max(patch_size)} '
+                         f'pixels, got {size}.')
+    scale = size / min(image.shape[:2])
+    height, width = (round(side * scale / patch) * patch
+                     for side, patch in zip(image.shape, patch_size))
+    channels = [np.asarray(ImageOps.fit(Image.fromarray(np.ascontiguousarray(channel)),
+                                        (width, height), Image.Resampling.BICUBIC))
+                for channel in np.moveaxis(np.atleast_3d(image), 2, 0)]
+    return np.dstack(channels) if image.ndim == 3 else channels[0]
+
+
+def load_image(path, cfg, size, patch_size):
+    """What the model sees of an image file, (height, width) or (height, width, C), BGR."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'There is no image {path}.')
+    return fit_image(read_image(path, color_type(cfg, 'test_dataloader', 'train_dataloader')),
+                     size, patch_size)
+
+
+def normalise(image, cfg, device):
+    """The image as the network's input (1, C, height, width)."""
+    settings = preprocessing(cfg)
+    image = np.atleast_3d(image)
+    if image.shape[2] == 3 and (settings.get('to_rgb') or settings.get('bgr_to_rgb')):
+        image = image[..., ::-1]
+    image = (image - np.array(settings.get('mean', 0.))) / np.array(settings.get('std', 1.))
+    return torch.tensor(image.transpose(2, 0, 1)[None], dtype=torch.float32, device=device)
+
+
+def choose_query(query, path, grid, shift, rng):
+    """Index of the query patch; a random one predicts something."""
+    if query is None:
+        return int(rng.integers(grid[0] * grid[1] - (shift or 0)))
+    if not all(0 <= i < n for i, n in zip(query, grid)):
+        raise ValueError(f'--query {query[0]} {query[1]} is outside of {path}, which has rows 0 to '
+                         f'{grid[0] - 1} and columns 0 to {grid[1] - 1} of patches.')
+    return query[0] * grid[1] + query[1]
+
+
+def resolve(indices, num, flag, from_end=True):
+    """Sorted indices below ``num``, each once."""
+    for i in indices:
+        if not -num * from_end <= i < num:
+            raise ValueError(f'{flag} must be from {-num * from_end} to {num - 1}, got {i}.')
+    return sorted({i % num for i in indices})
+
+
+def in_words(indices, num, noun):
+    """E.g. 'layers 0-7 of 12'."""
+    if len(indices) == num:
+        return f'all {noun}s'
+    spans = f'{indices[0]}-{indices[-1]}'
+    if len(indices) < 3 or indices != list(range(indices[0], indices[-1] + 1)):
+        spans = ', '.join(map(str, indices))
+    return f'{noun}{"s" * (len(indices) > 1)} {spans} of {num}'
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    matplotlib.use('Agg')
+    with apis.user_errors():
+        cfg = apis.load_config(args.config, args.cfg_options, reads=READS, unread=UNREAD)
+        check_channels(cfg)
+        apis.check_checkpoint(args.checkpoint, 'CHECKPOINT')
+        backbone, weights = build_backbone(cfg, args)
+        num_layers, num_heads = backbone.num_layers, backbone.layers[0].attn.num_heads
+        first = range(max(num_layers * 2 // 3, 1))
+        layers = resolve(args.layers or first, num_layers, '--layers')
+        heads = resolve(args.heads or range(num_heads), num_heads, '--heads', from_end=False)
+        block, = resolve([first[-1] if args.block is None else args.block], num_layers, '--block')
+        shift = cfg.model.head.get('shift', 1) if cfg.model.type == 'NEPA' else None
+        patch_size = backbone.patch_embed.patch_size
+        size = training_size(cfg) if args.size is None else args.size
+        images = [load_image(path, cfg, size, patch_size) for path in args.images]
+        rng = np.random.default_rng(args.seed)
+        grids = [(image.shape[0] // patch_size[0], image.shape[1] // patch_size[1])
+                 for image in images]
+        queries = [choose_query(args.query, path, grid, shift, rng)
+                   for path, grid in zip(args.images, grids)]
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    source = args.checkpoint
+    if '://' not in source:
+        source = '/'.join(Path(source).parts[-2:])
+    source += f' ({weights} weights)'
+    settings = dict(
+        attention=f'{"rollout" if args.rollout else "mean"} over '
+                  f'{in_words(layers, num_layers, "layer")}, {in_words(heads, num_heads, "head")}',
+        pca=in_words([block], num_layers, 'block'))
+    sheets = ['grid'] * (args.grid * math.ceil(len(images) / SHEET))
+    pages = page_names([*args.images, *sheets], args.out_dir)
+    titles = [Path(path).name for path in args.images]
+    if len(set(titles)) < len(titles):
+        titles = ['/'.join(Path(path).parts[-2:]) for path in args.images]
+    entries = []
+    for name, image, query in zip(titles, images, queries):
+        page = next(pages)
+        view = inspect_image(backbone, normalise(image, cfg, backbone.cls_token.device), query,
+                             layers, heads, block, args.rollout, shift)
+        image = to_picture(image)
+        draw_page(page, name, image, view, source, settings, backbone.causal)
+        print(page)
+        entries.append((name, image, view))
+    for start in range(0, len(entries) if args.grid else 0, SHEET):
+        sheet = next(pages)
+        draw_sheet(sheet, entries[start:start + SHEET], source, settings, backbone.causal)
+        print(sheet)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,251 @@
+"""Convert published NEPA weights to ours, and ours to the published format; nothing is lost.
+
+    python tools/model_converters/convert_checkpoint.py PUBLISHED DST.safetensors [--weights ema]
+    python tools/model_converters/convert_checkpoint.py CHECKPOINT DST_FOLDER --to hf
+        [--config CONFIG]
+        [--weights raw]
+
+PUBLISHED is a folder with config.json and weights, a weight file beside a config.json, or
+hf://owner/name[@revision]. A config file that tools/test.py takes is written beside
+DST.safetensors. In the other direction network, input and class names are those of --config, or
+those that the checkpoint records; the folder gets preprocessor_config.json, too.
+"""
+import argparse
+import copy
+import json
+import re
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.utils import to_2tuple
+from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
+
+from nepa_mm import apis
+from nepa_mm.apis.input_spec import (
+    class_names,
+    input_of,
+    pipeline_of,
+    preprocessor_config,
+    published_input,
+    size_of,
+)
+from nepa_mm.checkpoints.hub import download
+from nepa_mm.checkpoints.huggingface import (
+    DROPPED,
+    fit,
+    fold_layer_scale,
+    match_names,
+    to_published,
+)
+from nepa_mm.checkpoints.huggingface_config import (
+    DEFAULTS,
+    complete_config,
+    model_cfg,
+    published_config,
+)
+from nepa_mm.checkpoints.io import read_checkpoint, save_weights
+from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, weights_of
+from nepa_mm.checkpoints.recorded import recorded_config
+from nepa_mm.utils.files import atomic_write
+
+BASES = dict(NEPA='pretrain/nepa_vit-b.py', b='classification/nepa_vit-b_ft_in1k.py',
+             l='classification/nepa_vit-l_ft_in1k.py')
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('src', help='what to convert')
+    parser.add_argument('dst', help='what to write; it must not exist')
+    parser.add_argument('--to', choices=['mm', 'hf'], default='mm', help='format of DST')
+    add_weights_argument(parser)
+    parser.add_argument('--config', help='config of CHECKPOINT, for --to hf')
+    parser.add_argument(
+        '--fold-layer-scale', action='store_true',
+        help='multiply LayerScale into the projections; the outputs stay the same')
+    return parser.parse_args(argv)
+
+
+def read_config(src):
+    """``config.json`` beside published weights."""
+    if src.startswith('hf://'):
+        file = Path(download(src, ['config.json']))
+    else:
+        file = Path(src) / 'config.json' if Path(src).is_dir() else Path(src).parent / 'config.json'
+    if not file.is_file():
+        raise FileNotFoundError(f'There is no {file}: published weights need their config.json '
+                                'beside them.')
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{file} is no JSON: {error}') from error
+
+
+def report(pairs, new, dropped, arrow):
+    """Print what became of every tensor; one line for all blocks."""
+    rows = {}
+    for ours, parts in pairs.items():
+        published = parts[0].replace('.query.', '.{query,key,value}.')
+        row = tuple(re.sub(r'\.\d+\.', '.N.', name) for name in (published, ours))
+        rows[row] = rows.get(row, 0) + 1
+    width = max(len(published) for published, _ in rows)
+    for (published, ours), count in rows.items():
+        print(f'{published:{width}} {arrow} {ours}' + f'  x{count}' * (count > 1))
+    print(f'mapped: {sum(map(len, pairs.values()))} published tensors, {len(pairs)} of ours')
+    print(f'new, without effect (weight 1, bias 0): {", ".join(new) or "none"}')
+    print(f'dropped: {", ".join(dropped) or "none"}')
+
+
+def config_text(model, config, src, images=None, labels=None):
+    """A config file for converted weights.
+
+    It evaluates as ``images``, an input of nepa_mm/apis/input_spec.py, says, or as the authors do,
+    and knows the class names ``labels``.
+    """
+    classifier = model['type'] == 'ImageClassifier'
+    base = BASES['NEPA' if not classifier else 'l' if config['hidden_size'] == 1024 else 'b']
+    explicit = images or config['image_size'] != DEFAULTS['image_size']
+    images = images or published_input(config)
+    changes = dict(backbone=dict(_delete_=True, **model['backbone']),
+                   data_preprocessor=dict(mean=images['mean'], std=images['std'],
+                                          to_rgb=images['channel_order'] == 'RGB'))
+    if classifier:
+        classes = dict(num_classes=model['head']['num_classes'])
+        changes['head'] = dict(classes, in_channels=config['hidden_size'])
+    cfg = dict(model=changes)
+    if classifier and explicit:
+        for name in ('val_dataloader', 'test_dataloader'):
+            cfg[name] = dict(dataset=dict(pipeline=pipeline_of(images)))
+    if labels and tuple(labels) != IMAGENET_CATEGORIES:
+        for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+            cfg.setdefault(name, dict(dataset={}))['dataset']['metainfo'] = dict(classes=labels)
+    # mmengine evaluates this line first, and finds nepa_mm:: once it is imported
+    base = f"_base_ = [__import__('nepa_mm') and 'nepa_mm::{base}']"
+    text = f'{f"Converted from {src}."!r}\n{base}\n\n{Config(cfg).pretty_text}'
+    return text.replace('{{', r'{\x7b')     # mmengine would put variables there, as they are
+
+
+def placeholders(classes):
+    """What transformers calls classes without a name."""
+    return [f'LABEL_{i}' for i in range(classes or 0)]
+
+
+def count_classes(state_dict):
+    """How many classes the classifier has, None for a network without one."""
+    return len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else None
+
+
+def to_mm(args):
+    if Path(args.dst).suffix != '.safetensors':
+        raise ValueError(f'DST of --to mm is a .safetensors file, got {args.dst}.')
+    given = read_config(args.src)
+    config = complete_config(given)
+    missing = sorted(DEFAULTS.keys() - given.keys())
+    if missing:
+        print('not in config.json, taken as the format says: '
+              + ', '.join(f'{key}={DEFAULTS[key]}' for key in missing))
+    checkpoint = read_checkpoint(args.src, weights=args.weights)
+    state_dict = select_weights(checkpoint, args.weights, args.src)
+    which = weights_of(checkpoint, args.weights)
+    names = checkpoint.get('published_names')
+    if names is None:
+        raise ValueError(f'{args.src} holds no published NEPA weights: it has keys like '
+                         f'{", ".join(list(state_dict)[:3])}, and none below vit_nepa.')
+    classes = count_classes(state_dict)
+    model = model_cfg(config, classes)
+    new = fit(state_dict, model)
+    if args.fold_layer_scale:
+        state_dict = fold_layer_scale(state_dict)
+        model['backbone']['layer_scale_init_value'] = None
+    labels = [config.get('id2label', {}).get(str(i)) for i in range(classes or 0)]
+    if labels == placeholders(classes) or not all(isinstance(label, str) for label in labels):
+        labels = []
+    kept = dict(dataset_meta=dict(classes=labels)) if labels else {}
+    images = input_of(dict(input=checkpoint['meta'].get('input')))
+    if images:
+        kept['input'] = images
+    text, dst = config_text(model, config, args.src, images, labels), Path(args.dst)
+    with atomic_write(dst.with_suffix('.py')) as file:
+        file.write_text(text, encoding='utf-8')
+        save_weights(state_dict, dst, model=model, published=given, source=args.src,
+                     weights=dict(state_dict=which), **kept)
+    report(match_names(names, 'mm'), new, [name for name in names if name in DROPPED], '->')
+    print(f'wrote {dst}, the {which} weights, and {dst.with_suffix(".py")}')
+
+
+def set_image_size(config, images, backbone):
+    """Put the size of the network's real input into ``config``."""
+    size = size_of(images)
+    if size is None:
+        raise ValueError('The test pipeline gives every image another size; image_size of a '
+                         'published config is one: a Resize to (width, height) or a CenterCrop '
+                         'sets it.')
+    padded = [side % patch for side, patch in zip(size, to_2tuple(backbone.get('patch_size', 14)))]
+    if backbone.get('remainder') == 'pad' and any(padded):
+        raise ValueError(f'remainder="pad" with images of {size} cannot be expressed in the '
+                         'published format, which drops what is no whole patch.')
+    if size != list(to_2tuple(config.get('image_size', DEFAULTS['image_size']))):
+        config['image_size'] = size[0] if size[0] == size[1] else size
+
+
+def to_hf(args):
+    folder = Path(args.dst)
+    if folder.exists():
+        raise FileExistsError(f'{folder} exists already; remove it or name another.')
+    checkpoint = read_checkpoint(args.src, weights=args.weights)
+    state_dict = select_weights(checkpoint, args.weights, args.src)
+    which, meta = weights_of(checkpoint, args.weights), checkpoint['meta']
+    cfg = (Config.fromfile(args.config).to_dict() if args.config
+           else recorded_config(meta, args.src))
+    if cfg.get('model') is None:
+        raise ValueError('The checkpoint does not record its config; give it by --config.')
+    model, classes = copy.deepcopy(cfg['model']), count_classes(state_dict)
+    expected = (model.get('head') or {}).get('num_classes')
+    if expected != classes:
+        raise ValueError(f'The config has a head for {expected} classes, and {args.src} for '
+                         f'{classes}.')
+    dropped = [key for key in state_dict if key in DROPPED]
+    state_dict = {key: value for key, value in state_dict.items() if key not in DROPPED}
+    if args.fold_layer_scale:
+        state_dict = fold_layer_scale(state_dict)
+        model['backbone']['layer_scale_init_value'] = None
+    config = published_config(model, meta.get('published'))
+    kept, images = {}, input_of(cfg)
+    if images:
+        kept['input'] = images
+        set_image_size(config, images, model['backbone'])
+    elif meta.get('published'):
+        images = published_input(complete_config(config))
+    else:
+        print(f'how images become its input is not recorded: image_size {config["image_size"]} is '
+              "the format's default; --config names it")
+    names = class_names(cfg, meta)
+    if classes and names and len(names) == classes:
+        kept['dataset_meta'] = dict(classes=names)
+        if names != [config.get('id2label', {}).get(str(i)) for i in range(classes)]:
+            config.update(id2label={str(i): name for i, name in enumerate(names)},
+                          label2id={name: i for i, name in enumerate(names)})
+    # before anything is written
+    preprocessing = json.dumps(preprocessor_config(images), indent=2) if images else None
+    new = fit(state_dict, model_cfg(config, classes))
+    # config.json comes last: a folder without it is refused wherever weights are read
+    save_weights(to_published(state_dict), folder / 'model.safetensors', for_transformers=True,
+                 source=args.src, weights=dict(state_dict=which), **kept)
+    if preprocessing:
+        with atomic_write(folder / 'preprocessor_config.json') as file:
+            file.write_text(preprocessing + '\n')
+    with atomic_write(folder / 'config.json') as file:
+        file.write_text(json.dumps(config, indent=2) + '\n')
+    report(match_names(state_dict, 'hf'), new, dropped, '<-')
+    print(f'wrote {folder / "model.safetensors"}, the {which} weights, '
+          + 'preprocessor_config.json ' * bool(preprocessing) + 'and config.json')
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with apis.user_errors():
+        (to_mm if args.to == 'mm' else to_hf)(args)
+
+
+if __name__ == '__main__':
+    main()
