@@ -185,7 +185,7 @@ def plot_predictions(model, bank, images, path):
 
     backbone, (size, _) = model.backbone, model.backbone.patch_embed.patch_size
     z, (gh, gw) = backbone.embed(images)
-    h = model.predict_embeddings(z, (gh, gw))
+    h = model.forward_tokens(z, (gh, gw))[-1]
     patches = F.unfold(bank[:, :1], size, stride=size).transpose(1, 2).flatten(0, 1)
     keys = F.normalize(backbone.embed(bank)[0].flatten(0, 1), dim=-1)
     nearest = (F.normalize(h, dim=-1) @ keys.T).argmax(dim=-1)              # n N

@@ -120,7 +120,7 @@ def test_last_patches_are_no_inputs_in_any_scan(shift):
     z, grid = model.backbone.embed(image)
     h = model.backbone.without_registers(model.backbone.encode(z, grid)[-1])
     assert torch.equal(model.loss(image)['loss'], model.head.loss(h, z))
-    assert model.predict_embeddings(z, grid).shape == (2, 1 + 12 - shift, 32)
+    assert model.forward_tokens(z, grid)[-1].shape == (2, 1 + 12 - shift, 32)
 
 
 def test_registers():

@@ -1,45 +1,50 @@
-"""Images to the device, and normalised there."""
+"""Moves images to the device and normalises them there."""
+from collections.abc import Sequence
+
 import torch
 from mmengine.registry import MODELS
 from mmpretrain.models.utils.data_preprocessor import SelfSupDataPreprocessor
+from torch import Tensor
 
 
 @MODELS.register_module()
 class NEPADataPreprocessor(SelfSupDataPreprocessor):
-    """mmpretrain's SelfSupDataPreprocessor, bit for bit, without a wait for the device.
+    """mmpretrain's SelfSupDataPreprocessor, bit for bit, without a host sync.
 
-    A batch travels as uint8, from pinned memory without blocking, and is normalised there in
-    place. Labels stay where they are: pretraining reads none. A batch of ``encoded_collate``
-    travels as JPEGs and becomes pixels on the device.
+    Copies uint8 from pinned memory without blocking, and normalises in place on the device.
+    Labels stay on the host: pretraining reads none. Batches of ``encoded_collate`` are
+    copied as JPEGs and decoded on the device.
 
-    Images have any number of channels. Those of one channel, normalised by three values, become
+    Images may have any number of channels. Grey images normalised by three values become
     three channels, as in the parent class.
 
     Args:
-        mean, std (Sequence[float], optional): One value, or one for each channel. Default to
-            None: images are not normalised.
-        to_rgb (bool): Whether images of three channels are reversed; others never are. Defaults
-            to False.
-        **kwargs: Others of the parent class.
+        mean, std (Sequence[float], optional): One value, or one per channel. Default to
+            None: no normalisation.
+        to_rgb (bool): Whether to reverse the channels of three-channel images. Defaults to
+            False.
+        **kwargs: Other arguments of the parent class.
 
     Raises:
-        ValueError: ``mean`` and ``std`` have different numbers of values.
+        ValueError: ``mean`` and ``std`` have different numbers of values, or do not match
+            the channels of the images.
     """
 
-    def __init__(self, mean=None, std=None, **kwargs):
+    def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                 **kwargs):
         super().__init__(non_blocking=True, **kwargs)
         if len(() if mean is None else mean) != len(() if std is None else std):
             raise ValueError('mean and std need one value each, or one for each channel, got '
                              f'{mean} and {std}.')
-        if mean is not None:    # the parent class takes 1 or 3 values only
+        if mean is not None:    # the parent class accepts 1 or 3 values only
             self._enable_normalize = True
             for name, values in dict(mean=mean, std=std).items():
                 self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), False)
 
-    def forward(self, data, training=False):
-        """Images (B, C, height, width) of ``data['inputs']`` to normalised fp32.
+    def forward(self, data: dict, training: bool = False) -> dict:
+        """Normalise ``data['inputs']``: uint8 (B, C, height, width) -> fp32, same shape.
 
-        A list of them, the views of mmpretrain's MultiView, becomes a list.
+        A list of such tensors (mmpretrain's MultiView) gives a list.
         """
         images = data['inputs']
         if isinstance(images, (list, tuple)) and all(
@@ -52,10 +57,10 @@ class NEPADataPreprocessor(SelfSupDataPreprocessor):
             images = self._normalise(images)
         return dict(inputs=images, data_samples=data.get('data_samples'))
 
-    def _normalise(self, images):
+    def _normalise(self, images: Tensor) -> Tensor:
         images = self.cast_data(images)
         if self._channel_conversion and images.shape[1] == 3:
-            images = images.flip(1)         # a list of indices would be copied, with a wait
+            images = images.flip(1)         # indexing by a list would sync
         images = images.to(torch.float32, copy=True)
         if not self._enable_normalize:
             return images

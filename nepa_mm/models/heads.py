@@ -2,11 +2,14 @@
 from mmengine.registry import MODELS
 from mmpretrain.models.heads import LinearClsHead
 from timm.layers import AttentionPoolLatent
+from torch import Tensor
 
 
 @MODELS.register_module()
 class AttentiveClsHead(LinearClsHead):
     """Attentive probe: a learned query attends to all tokens, a linear layer classifies.
+
+    Reads tokens (B, T, D), so the backbone needs ``out_type='raw'``.
 
     Args:
         num_classes (int): Number of classes.
@@ -14,14 +17,12 @@ class AttentiveClsHead(LinearClsHead):
         num_heads (int): Heads of the attention. Defaults to 12.
         **kwargs: ``loss``, ``topk``, ``cal_acc`` and ``init_cfg`` of mmpretrain's
             LinearClsHead.
-
-    Reads tokens (B, T, D): the backbone needs ``out_type='raw'``.
     """
 
-    def __init__(self, num_classes, in_channels, num_heads=12, **kwargs):
+    def __init__(self, num_classes: int, in_channels: int, num_heads: int = 12, **kwargs):
         super().__init__(num_classes=num_classes, in_channels=in_channels, **kwargs)
         self.pool = AttentionPoolLatent(in_channels, num_heads=num_heads)
 
-    def pre_logits(self, feats):
-        """Pool the tokens of the last output (B, T, D) to (B, D)."""
+    def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
+        """Pool the tokens of the last output: (B, T, D) -> (B, D)."""
         return self.pool(feats[-1])

@@ -1,7 +1,7 @@
 """The parts of NEPA's Vision Transformer: patches, rotary embedding, attention, block.
 
-Shapes in the comments: B images, T tokens (class token first), N patches on a
-grid of gh x gw, D = H * K channels in H heads of K.
+Shapes in the comments: B images, T tokens (class token first), N patches on a grid of
+gh x gw, D = H * K channels in H heads of K channels.
 """
 import math
 from functools import partial
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer
 from timm.layers import LayerScale, Mlp, SwiGLU
-from torch import nn
+from torch import Tensor, nn
 
 from nepa_mm.utils.errors import DataError
 
@@ -20,42 +20,45 @@ REMAINDERS = ('error', 'pad', 'drop')
 SCANS = ('raster', 'snake', 'random')
 
 
-def scan_order(scan, grid, device=None):
-    """In which order the patches of an image are read.
+def scan_order(scan: str, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """The order in which the patches of an image are read.
 
     Args:
-        scan (str): 'raster', row by row; 'snake', every second row from right to left,
-            so that patches read one after the other always touch; 'random', a
-            permutation that is the same for all images of one grid.
+        scan (str): 'raster', row by row; 'snake', every second row from right to left, so
+            consecutive patches always touch; 'random', one fixed permutation per grid.
         grid (tuple[int, int]): Rows and columns of patches.
-        device (torch.device, optional): Where to put it. Defaults to None: the CPU.
+        device (torch.device, optional): Device of the result. Defaults to None: the CPU.
 
     Returns:
-        Tensor: (gh * gw,), the raster index of the patch at each place of the sequence.
+        Tensor: (gh * gw,), the raster index of each patch of the sequence.
     """
     order = np.arange(math.prod(grid)).reshape(grid)
     if scan == 'snake':
         order[1::2] = order[1::2, ::-1].copy()
     elif scan == 'random':
-        # the legacy generator: its stream is frozen, and weights are worth nothing in another order
+        # numpy froze this generator's stream; weights depend on the permutation
         order = np.random.RandomState(0).permutation(order.ravel())
     return torch.as_tensor(order.ravel(), device=device)
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and project each, as a convolution with stride = kernel does.
+    """Cut an image into patches and project each one: a convolution with stride = kernel.
 
     Args:
         in_channels (int): Channels of the image.
         embed_dims (int): Channels of an embedding, D.
         patch_size (tuple[int, int]): Height and width of a patch in pixels.
-        remainder (str): What to do with an image that is no whole number of
-            patches; see :class:`NEPAViT`.
-        scan (str): The order of the patches; see :func:`scan_order`. Defaults to
-            'raster'.
+        remainder (str): How to treat an image whose sides are not multiples of the patch;
+            see :class:`NEPAViT`.
+        scan (str): Order of the patches; see :func:`scan_order`. Defaults to 'raster'.
+
+    Raises:
+        ValueError: ``remainder`` is unknown.
+        DataError: An image has the wrong number of channels or does not fit the patches.
     """
 
-    def __init__(self, in_channels, embed_dims, patch_size, remainder, scan='raster'):
+    def __init__(self, in_channels: int, embed_dims: int, patch_size: tuple[int, int],
+                 remainder: str, scan: str = 'raster'):
         super().__init__()
         if remainder not in REMAINDERS:
             raise ValueError(f'remainder must be one of {REMAINDERS}, got {remainder!r}.')
@@ -63,7 +66,7 @@ class PatchEmbed(nn.Module):
         self.projection = nn.Conv2d(in_channels, embed_dims, patch_size, patch_size)
 
     def forward(self, img):
-        """img: (B, C, height, width) -> embeddings (B, gh * gw, D) in scan order, (gh, gw)."""
+        """Images (B, C, height, width) -> embeddings (B, gh * gw, D) in scan order, (gh, gw)."""
         B, C, height, width = img.shape
         (ph, pw), conv = self.patch_size, self.projection
         if C != conv.in_channels:
@@ -80,7 +83,7 @@ class PatchEmbed(nn.Module):
             raise DataError(f'The image of {height}x{width} pixels is no whole number of patches '
                             f"of {ph}x{pw}; resize it, or set remainder='pad' or 'drop'.")
         gh, gw = img.shape[2] // ph, img.shape[3] // pw
-        # The kernel sees every pixel once, so the convolution is one matrix product.
+        # Patches do not overlap, so the convolution is one matrix product.
         patches = img[:, :, :gh * ph, :gw * pw].reshape(B, C, gh, ph, gw, pw)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(B, gh * gw, C * ph * pw)
         if self.scan != 'raster':
@@ -91,28 +94,30 @@ class PatchEmbed(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Two-dimensional rotary position embedding on the image's own grid.
 
-    Every patch sits at its centre, measured in [-1, 1] over the whole image, so
-    no parameter depends on the image size. As in DINOv3, of which the reference
-    code is a copy.
+    A patch has the coordinates of its centre, in [-1, 1] over the image. No parameter
+    depends on the image size. This is DINOv3's embedding, which the reference copies.
+
+    Each random draw holds for the local batch of one forward pass.
 
     Args:
         head_dims (int): Channels per head, K; a multiple of 4.
-        theta (float, optional): Base of the frequencies ``theta ** (-4 k / K)``.
-            None rotates nothing. Defaults to 100.
-        shift (float, optional): In training, moves all coordinates by one
-            uniform draw per axis from [-shift, shift]. Defaults to None.
-        jitter (float, optional): In training, multiplies the coordinates by one
+        theta (float, optional): Base of the frequencies ``theta ** (-4 k / K)``. None
+            disables the rotation. Defaults to 100.
+        shift (float, optional): Training only: shifts the coordinates by one uniform draw
+            per axis from [-shift, shift]. Defaults to None.
+        jitter (float, optional): Training only: multiplies the coordinates by one
             log-uniform draw per axis from [1/jitter, jitter]. Defaults to None.
-        rescale (float, optional): In training, multiplies the coordinates by
-            one log-uniform draw for both axes from [1/rescale, rescale].
-            Defaults to 2.
-        scan (str): The order of the patches; see :func:`scan_order`. Defaults to
-            'raster'.
+        rescale (float, optional): Training only: multiplies the coordinates by one
+            log-uniform draw for both axes from [1/rescale, rescale]. Defaults to 2.
+        scan (str): Order of the patches; see :func:`scan_order`. Defaults to 'raster'.
 
-    Each draw holds for the whole local batch of one forward pass.
+    Raises:
+        ValueError: ``head_dims`` is not a multiple of 4; ``jitter`` or ``rescale`` is
+            below 1.
     """
 
-    def __init__(self, head_dims, theta=100., shift=None, jitter=None, rescale=2., scan='raster'):
+    def __init__(self, head_dims: int, theta: float | None = 100., shift: float | None = None,
+                 jitter: float | None = None, rescale: float | None = 2., scan: str = 'raster'):
         super().__init__()
         if head_dims % 4:
             raise ValueError('RoPE needs a head dimension (embed_dims / num_heads) that is a '
@@ -141,13 +146,12 @@ class RotaryEmbedding(nn.Module):
 
         Args:
             grid (tuple[int, int]): Rows and columns of patches.
-            num_prefix (int): Tokens before the patches. Their angle is zero, so
-                that the rotation leaves them as they are.
-            device (torch.device): Where to compute.
+            num_prefix (int): Tokens before the patches. Their angle is zero, so they are
+                not rotated.
+            device (torch.device): Device of the result.
 
         Returns:
-            tuple[Tensor, Tensor]: sin and cos, each (num_prefix + gh * gw, K),
-            fp32.
+            tuple[Tensor, Tensor]: sin and cos, each (num_prefix + gh * gw, K), fp32.
         """
         y, x = ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n * 2 - 1
                 for n in grid)
@@ -167,9 +171,10 @@ class RotaryEmbedding(nn.Module):
 
 
 class Rotation(torch.autograd.Function):
-    """Rotate channel d with channel d + K/2, in three passes over the data instead of eight.
+    """``x * cos + rotate_half(x) * sin``, with ``rotate_half(x) = cat(-x[K/2:], x[:K/2])``.
 
-    Both channels turn by one angle: sin and cos hold it twice, and get no gradient.
+    Reads and writes the data three times instead of eight. The gradient is the rotation by
+    the negative angle. sin and cos get no gradient.
     """
 
     @staticmethod
@@ -184,19 +189,19 @@ class Rotation(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx, grad):                                        # the inverse rotates back
+    def backward(ctx, grad):
         sin, cos = ctx.saved_tensors
         return Rotation.forward(grad, -sin, cos), None, None
 
 
-def rotate(x, sin, cos):
+def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Rotate queries or keys (B, H, T, K) by the angles (T, K) of their tokens."""
-    if not torch.is_grad_enabled():     # what is traced or exported needs no function of ours
+    if not torch.is_grad_enabled():     # exporters cannot trace an autograd.Function
         return Rotation.forward(x, sin, cos)
     return Rotation.apply(x, sin, cos)
 
 
-def build_qk_norm(qk_norm, dims, eps):
+def build_qk_norm(qk_norm: str | None, dims: int, eps: float) -> nn.Module:
     """LayerNorm over one head's channels; see ``qk_norm`` of :class:`NEPAViT`."""
     if qk_norm not in QK_NORMS:
         raise ValueError(f'qk_norm must be one of {QK_NORMS}, got {qk_norm!r}.')
@@ -212,8 +217,8 @@ class Attention(nn.Module):
     Args: see :class:`NEPAViT`.
     """
 
-    def __init__(self, embed_dims, num_heads, causal, qkv_bias, qk_norm, norm_eps, attn_drop,
-                 proj_drop):
+    def __init__(self, embed_dims: int, num_heads: int, causal: bool, qkv_bias: bool,
+                 qk_norm: str | None, norm_eps: float, attn_drop: float, proj_drop: float):
         super().__init__()
         self.num_heads, self.causal, self.attn_drop = num_heads, causal, attn_drop
         head_dims = embed_dims // num_heads
@@ -224,7 +229,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project(self, x, sin, cos):
-        """Queries, keys and values as the attention uses them, each (B, H, T, K)."""
+        """Normalised and rotated queries and keys, and values, each (B, H, T, K)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)       # B T H K
         q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))  # B H T K
         return rotate(q, sin, cos).to(v.dtype), rotate(k, sin, cos).to(v.dtype), v
@@ -237,16 +242,16 @@ class Attention(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a branch of an image at a rate, scale up the others.
+    """Stochastic depth: drop a residual branch per image in training, and rescale the rest.
 
-    timm's module draws with ``bernoulli_``, for which torch.compile makes one graph per rate
-    and soon gives up; here all blocks share one.
+    Replaces timm's module, whose ``bernoulli_`` makes torch.compile build one graph per
+    rate until it gives up. Here all blocks share one graph.
 
     Args:
-        drop_prob (float): The rate, in [0, 1).
+        drop_prob (float): Probability in [0, 1).
     """
 
-    def __init__(self, drop_prob):
+    def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = drop_prob
 
@@ -264,10 +269,11 @@ class Block(nn.Module):
     Args: see :class:`NEPAViT`.
     """
 
-    def __init__(self, embed_dims, num_heads, feedforward_channels, causal=True, qkv_bias=True,
-                 qk_norm='plain', gated_mlp=False, act_cfg=dict(type='GELU'),
-                 layer_scale_init_value=1e-5, norm_eps=1e-12, drop_rate=0., attn_drop_rate=0.,
-                 drop_path_rate=0.):
+    def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int,
+                 causal: bool = True, qkv_bias: bool = True, qk_norm: str | None = 'plain',
+                 gated_mlp: bool = False, act_cfg: dict = dict(type='GELU'),
+                 layer_scale_init_value: float | None = 1e-5, norm_eps: float = 1e-12,
+                 drop_rate: float = 0., attn_drop_rate: float = 0., drop_path_rate: float = 0.):
         super().__init__()
 
         def layer_scale():

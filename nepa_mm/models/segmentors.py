@@ -1,4 +1,4 @@
-"""What NEPA needs beyond mmseg's own classes; configs import this module by ``custom_imports``."""
+"""Segmentation with patches that do not divide the crop; see ``custom_imports`` of the configs."""
 import math
 
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
 from mmengine.structures import PixelData
+from torch import Tensor
 
 from nepa_mm.compat import stack
 
@@ -17,10 +18,13 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 PATCH_RULES = ('resize', 'pad', 'crop')
 
 
-def crop_or_pad(x, size, **padding):
-    """Cut or pad (..., h, w) at the bottom and the right to ``size`` (height, width).
+def crop_or_pad(x: Tensor, size: tuple[int, int], **padding) -> Tensor:
+    """Crop or pad (..., h, w) at the bottom and right to ``size`` (height, width).
 
-    ``padding`` are the keywords ``mode`` and ``value`` of ``torch.nn.functional.pad``.
+    Args:
+        x (Tensor): (..., h, w).
+        size (tuple[int, int]): Height and width of the result.
+        **padding: ``mode`` and ``value`` of ``torch.nn.functional.pad``.
     """
     (height, width), (h, w) = size, x.shape[-2:]
     return F.pad(x[..., :height, :width],
@@ -29,45 +33,43 @@ def crop_or_pad(x, size, **padding):
 
 @MODELS.register_module()
 class NEPASegmentor(EncoderDecoder):
-    """mmseg's EncoderDecoder for images that are no whole number of patches.
+    """mmseg's EncoderDecoder for images whose sides are not multiples of the patch.
 
-    A crop of 512 pixels has 36.57 patches of 14. Whatever the rule, logits come back at the
-    size of the input, and the logit at (row, column) belongs to the pixel at (row, column).
+    A crop of 512 pixels has 36.57 patches of 14 pixels per side. Under every rule, logits have
+    the size of the input, and the logit at (row, column) belongs to the pixel at (row, column).
+    Every rule produces at least two patches per axis: Feature2Pyramid halves the map.
 
     Args:
         backbone (dict): A :class:`NEPAViT` with ``out_type='featmap'``.
         decode_head (dict): As in EncoderDecoder.
-        patch_rule (str): What the backbone sees of an image of 512 pixels:
+        patch_rule (str): What the backbone sees of an image of 512 x 512 pixels:
 
-            - 'resize': the image resized to 518, bilinearly. The features cover exactly the
-              image, in training and in both test modes, so nothing else has to change.
-            - 'pad': 518 pixels, the last 6 grey (zero after normalisation); labels are padded
-              with ``ignore_index``, the logits of the margin are cut off.
-            - 'crop': the first 504; labels are cropped, and the logits of the 8 rows and
-              columns that are not seen repeat the nearest seen ones.
+            - 'resize': the image, resized bilinearly to 518. Features cover exactly the
+              image, in training and in both test modes.
+            - 'pad': 518 pixels, the last 6 zero after normalisation. Labels are padded with
+              ``ignore_index``; logits of the margin are cut.
+            - 'crop': the first 504 pixels. Labels are cropped; the last 8 rows and columns
+              repeat the nearest logits.
 
-            Defaults to 'resize': no made-up and no unseen pixels, for a scale that
-            differs by 1.2 %.
+            Defaults to 'resize', which sees every pixel and invents none, at a scale of
+            1.012.
         **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``,
             ``data_preprocessor`` and ``init_cfg`` of EncoderDecoder.
 
-    At least two patches per axis are made of any image, whatever the rule, because
-    Feature2Pyramid halves the map.
-
     Raises:
-        ValueError: ``patch_rule`` is something else.
+        ValueError: ``patch_rule`` is unknown.
     """
 
-    def __init__(self, backbone, decode_head, patch_rule='resize', **kwargs):
+    def __init__(self, backbone: dict, decode_head: dict, patch_rule: str = 'resize', **kwargs):
         if patch_rule not in PATCH_RULES:
             raise ValueError(f'patch_rule must be one of {PATCH_RULES}, got {patch_rule!r}.')
         super().__init__(backbone, decode_head, **kwargs)
         self.patch_rule = patch_rule
 
-    def fitted_size(self, size):
+    def fitted_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that the backbone sees of an image of ``size`` (height, width)."""
-        whole = math.floor if self.patch_rule == 'crop' else math.ceil
-        return tuple(max(whole(side / patch), 2) * patch
+        count = math.floor if self.patch_rule == 'crop' else math.ceil
+        return tuple(max(count(side / patch), 2) * patch
                      for side, patch in zip(size, self.backbone.patch_embed.patch_size))
 
     def extract_feat(self, inputs):
@@ -106,10 +108,10 @@ class LinearSegHead(BaseDecodeHead):
         in_channels (int | list[int]): Channels of the feature maps, with ``in_index`` and
             ``input_transform`` of BaseDecodeHead.
         **kwargs: Other arguments of BaseDecodeHead; ``channels`` is the sum of
-            ``in_channels``, ``norm_cfg`` is given.
+            ``in_channels``, and ``norm_cfg`` must be set.
     """
 
-    def __init__(self, in_channels, **kwargs):
+    def __init__(self, in_channels: int | list[int], **kwargs):
         super().__init__(in_channels, **kwargs)
         self.norm = build_norm_layer(self.norm_cfg, self.channels)[1]
 

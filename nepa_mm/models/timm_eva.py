@@ -1,10 +1,11 @@
-"""Our network as a timm ``Eva`` model, for those who live there."""
+"""NEPAViT as a timm ``Eva`` model, and back."""
 from functools import partial
 from inspect import signature
 
 import timm
 from timm.layers import LayerNorm
 from timm.models.eva import Eva
+from torch import Tensor
 
 from nepa_mm.checkpoints.huggingface import rename
 from nepa_mm.models.vit import NEPAViT
@@ -29,20 +30,20 @@ NAMES = {
 POOLS = dict(raw='', cls_token='token', avg_featmap='avg')
 
 
-def eva_args(backbone, num_classes=0):
+def eva_args(backbone: dict, num_classes: int = 0) -> dict:
     """The arguments of timm's ``Eva`` for a config of :class:`NEPAViT`.
 
-    ``causal`` is no argument there, see :func:`to_timm`.
+    ``Eva`` has no argument for ``causal``; see :func:`to_timm`.
 
     Args:
         backbone (dict): Config of NEPAViT.
         num_classes (int): Classes of the linear head, 0 for none. Defaults to 0.
 
     Returns:
-        dict: Arguments. The model takes images of any size.
+        dict: Arguments. The model accepts images of any size.
 
     Raises:
-        ValueError: An option cannot be expressed there; the message names it.
+        ValueError: ``Eva`` cannot express an option; the message names it.
     """
     args = {name: p.default for name, p in signature(NEPAViT).parameters.items()} | backbone
     arch = args['arch']
@@ -76,28 +77,28 @@ def eva_args(backbone, num_classes=0):
 
 
 def be_causal(module, args, kwargs):
-    """Forward pre-hook of a timm block: let a token see only what comes before it."""
+    """Forward pre-hook of a timm block: mask later tokens."""
     return args, kwargs | dict(is_causal=True)
 
 
-def to_timm(model, state_dict):
-    """A timm ``Eva`` model that computes what ours does.
+def to_timm(model: dict, state_dict: dict[str, Tensor]) -> Eva:
+    """A timm ``Eva`` model with the outputs of ours.
 
-    timm takes causality as an argument of each call. Here it is a forward pre-hook
-    (:func:`be_causal`) on the blocks, so that every method of the model has it. The
-    hook is not in the state dict: call this function again to rebuild the model.
+    timm passes causality as an argument of each call. Here a forward pre-hook of the blocks
+    (:func:`be_causal`) sets it, so every method of the model is causal. The hook is not in
+    the state dict: call this function again to rebuild the model.
 
     Args:
-        model (dict): Config of ``NEPA`` or of an ``ImageClassifier``. Of ``NEPA`` the
-            result is the backbone with its ``out_type``.
-        state_dict (dict[str, Tensor]): Its weights, in our names.
+        model (dict): Config of ``NEPA`` or of an ``ImageClassifier``. ``NEPA`` gives its
+            backbone with its ``out_type``.
+        state_dict (dict[str, Tensor]): Weights in our names.
 
     Returns:
         Eva: In evaluation mode.
 
     Raises:
-        ValueError: An option cannot be expressed, a tensor has no place, or timm is
-            too old.
+        ValueError: ``Eva`` cannot express an option, a tensor does not fit, or timm is too
+            old.
     """
     args = eva_args(model['backbone'], (model.get('head') or {}).get('num_classes', 0))
     unknown = [name for name in args if name not in signature(Eva).parameters]
@@ -106,7 +107,7 @@ def to_timm(model, state_dict):
                          'type: pip install "timm>=1.0.31"')
     eva = Eva(**args).eval()
     tensors = {rename(key, NAMES): value for key, value in state_dict.items()}
-    # timm's QK-norm always has parameters: one and zero where ours has none
+    # timm's QK-norm always has parameters; one and zero equal ours without
     missing, unexpected = eva.load_state_dict(tensors, strict=False)
     missing = [key for key in missing if '.q_norm.' not in key and '.k_norm.' not in key]
     if missing or unexpected:
@@ -118,15 +119,15 @@ def to_timm(model, state_dict):
     return eva
 
 
-def from_timm(state_dict):
-    """The weights of a model from :func:`to_timm` in our names.
+def from_timm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a :func:`to_timm` model in our names.
 
     Args:
-        state_dict (dict[str, Tensor]): Of the timm model.
+        state_dict (dict[str, Tensor]): Weights of the timm model.
 
     Returns:
-        dict[str, Tensor]: Keys below ``backbone.`` and ``head.fc``. QK-norm has weights
-        and biases: ``qk_norm='affine_bias'`` takes them all.
+        dict[str, Tensor]: Keys below ``backbone.`` and ``head.fc``. QK-norm has weights and
+        biases, so load them with ``qk_norm='affine_bias'``.
     """
     names = {theirs: ours for ours, theirs in NAMES.items()}
     return {rename(key, names): value for key, value in state_dict.items()}

@@ -6,7 +6,7 @@ import torch
 from mmengine.registry import MODELS
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nepa_mm.checkpoints.loading import load_pretrained
@@ -14,13 +14,13 @@ from nepa_mm.models.layers import SCANS, Block, PatchEmbed, RotaryEmbedding, sca
 
 
 def run_block(layer, x, sin, cos):
-    """Call a block; a function of its own, so that all blocks are compiled as one."""
+    """Call a block. A function, so that all blocks share one compiled graph."""
     return layer(x, sin, cos)
 
 
 @cache
 def compiled_block():
-    """The same, compiled at the first call."""
+    """:func:`run_block`, compiled at its first call."""
     return torch.compile(run_block)
 
 
@@ -28,91 +28,83 @@ def compiled_block():
 class NEPAViT(BaseBackbone):
     """Vision Transformer of NEPA (arXiv 2512.16922), exact to the released code.
 
-    Pre-norm blocks over [class token, patch 1 ... patch N] in raster order. There
-    is no position parameter: rotary coordinates are relative to the image, so any
-    image size and aspect works with the same weights and without interpolation.
-    The last four options before ``remainder`` leave that network, for ablations.
+    Pre-norm blocks over [class token, patch 1 ... patch N] in raster order. There is no
+    position parameter: rotary coordinates are relative to the image. The same weights
+    accept any image size and aspect ratio without interpolation.
+
+    Absolute positions, registers and scan orders leave the paper's network; they exist for
+    ablations.
 
     Args:
-        arch (str | dict): 'tiny', 'small', 'base', 'large' (or the first letter),
-            or a dict with ``embed_dims``, ``num_layers``, ``num_heads`` and
+        arch (str | dict): 'tiny', 'small', 'base', 'large' (or the first letter), or a dict
+            with ``embed_dims``, ``num_layers``, ``num_heads`` and
             ``feedforward_channels``. Defaults to 'base'.
-        patch_size (int | tuple): Height and width of a patch in pixels. Defaults
-            to 14.
+        patch_size (int | tuple): Height and width of a patch in pixels. Defaults to 14.
         in_channels (int): Channels of the image. Defaults to 3.
-        causal (bool): Whether a token sees only itself and what comes before it.
-            Pretraining needs it; the released fine-tuning turns it off. Defaults
-            to True.
-        out_indices (int | Sequence[int]): Blocks whose output is returned;
-            negative ones count from the end. Defaults to -1.
-        out_type (str): What is returned of each: 'raw', all tokens (B, 1+N, D);
-            'cls_token' or 'last_token', one token (B, D); 'avg_featmap', the mean
-            over the patches (B, D); 'featmap', a map (B, D, gh, gw). Defaults to
-            'raw'.
-        final_norm (bool): Whether the last block's output is normalised. Defaults
-            to True.
-        fc_norm (bool): Whether a further LayerNorm follows the token or the mean,
-            as in the released classifiers. Defaults to False.
-        qkv_bias (bool): Bias of the query, key and value projections. Defaults to
-            True.
-        qk_norm (str, optional): LayerNorm of queries and keys per head: None,
-            'plain' (no parameters; the paper, and the released base pretraining),
-            'affine' (weight; the released large pretraining and all fine-tuning)
-            or 'affine_bias'. Defaults to 'plain'.
+        causal (bool): Whether a token attends only to itself and to earlier tokens.
+            Pretraining needs it; the released fine-tuning turns it off. Defaults to True.
+        out_indices (int | Sequence[int]): Blocks whose output is returned; negative
+            indices count from the end. Defaults to -1.
+        out_type (str): Form of each output: 'raw', all tokens (B, 1+N, D); 'cls_token' or
+            'last_token', one token (B, D); 'avg_featmap', the mean over the patches
+            (B, D); 'featmap', a map (B, D, gh, gw). Defaults to 'raw'.
+        final_norm (bool): Whether to normalise the last block's output. Defaults to True.
+        fc_norm (bool): Whether to normalise the pooled token or mean again, as in the
+            released classifiers. Defaults to False.
+        qkv_bias (bool): Bias of the query, key and value projections. Defaults to True.
+        qk_norm (str, optional): LayerNorm of queries and keys per head: None, 'plain' (no
+            parameters: the paper and the released base pretraining), 'affine' (weight: the
+            released large pretraining and all fine-tuning) or 'affine_bias'. Defaults to
+            'plain'.
         gated_mlp (bool): act(gate) * up instead of act(up), both of
-            ``feedforward_channels``. SwiGLU is this with a SiLU. Defaults to False.
+            ``feedforward_channels``; with SiLU this is SwiGLU. Defaults to False.
         act_cfg (dict): Activation of the MLP. Defaults to ``dict(type='GELU')``.
-        layer_scale_init_value (float, optional): LayerScale of both branches, or
-            None for none. Defaults to 1e-5.
+        layer_scale_init_value (float, optional): Initial LayerScale of both branches; None
+            for no LayerScale. Defaults to 1e-5.
         norm_eps (float): Epsilon of every LayerNorm. Defaults to 1e-12.
-        drop_rate (float): Dropout after the embedding and both branches. Defaults
-            to 0.
+        drop_rate (float): Dropout after the embedding and both branches. Defaults to 0.
         attn_drop_rate (float): Dropout of attention weights. Defaults to 0.
-        drop_path_rate (float): Stochastic depth of the last block; it rises
-            linearly from 0 at the first. Defaults to 0.
-        rope_theta (float, optional): Base of the rotary frequencies, or None for no
+        drop_path_rate (float): Stochastic depth of the last block, rising linearly from 0
+            at the first. Defaults to 0.
+        rope_theta (float, optional): Base of the rotary frequencies; None disables the
             rotary embedding (Table 1b). Defaults to 100.
-        rope_shift, rope_jitter, rope_rescale (float, optional): Training-time
-            augmentation of the coordinates, see :class:`RotaryEmbedding`. Default
-            to None, None and 2.
-        use_abs_pos_emb (bool): Whether a learned embedding of its place is added to
-            every patch at the input of the first block, not to the targets (Table
-            1b, plain ViT). It ties the network to ``img_size``. Defaults to False.
-        img_size (int | tuple): Height and width in pixels that ``use_abs_pos_emb``
-            has places for; without it any size will do. Defaults to 224.
-        num_register_tokens (int): Learned tokens between class token and patches,
-            which are neither rotated nor part of the loss or of any read-out but
-            'raw' (arXiv 2309.16588). Defaults to 0.
-        scan (str): The order of the patches: 'raster', 'snake' or 'random', see
-            :func:`nepa_mm.models.layers.scan_order`. Every token sequence is in this order,
-            and so is "next"; 'featmap' is a map in any case. Defaults to 'raster'.
-        remainder (str): An image that is no whole number of patches raises an
-            error ('error'), is padded with zeros at the right and bottom ('pad'),
-            or loses the rest ('drop', as the reference's convolution does).
-            Defaults to 'error'.
-        frozen_stages (int): -1 trains everything, 0 freezes the patch embedding (the
-            released fine-tuning), k also the class token, registers, places and
-            the first k blocks, ``num_layers`` the whole network. Defaults to -1.
+        rope_shift, rope_jitter, rope_rescale (float, optional): Training-time augmentation
+            of the coordinates, see :class:`RotaryEmbedding`. Default to None, None and 2.
+        use_abs_pos_emb (bool): Whether to add a learned position embedding to the input of
+            the first block, not to the targets (Table 1b, plain ViT). Ties the network to
+            ``img_size``. Defaults to False.
+        img_size (int | tuple): Height and width in pixels for ``use_abs_pos_emb``; unused
+            otherwise. Defaults to 224.
+        num_register_tokens (int): Learned tokens between class token and patches
+            (arXiv 2309.16588). They are not rotated, not part of the loss, and returned
+            only by 'raw'. Defaults to 0.
+        scan (str): Order of the patches: 'raster', 'snake' or 'random', see
+            :func:`nepa_mm.models.layers.scan_order`. Token sequences follow it, and so does
+            "next"; 'featmap' is always a map. Defaults to 'raster'.
+        remainder (str): For an image whose sides are not multiples of the patch: 'error'
+            raises, 'pad' adds zeros at the right and bottom, 'drop' cuts the rest, as the
+            reference's convolution does. Defaults to 'error'.
+        frozen_stages (int): -1 trains everything; 0 freezes the patch embedding (released
+            fine-tuning); k also freezes class token, registers, positions and the first k
+            blocks; ``num_layers`` freezes the network. Defaults to -1.
         with_cp (bool): Whether to recompute each block in the backward pass to save
             memory. Defaults to False.
-        compile_blocks (bool): Whether torch.compile fuses the operations within a block in
-            training. All blocks share what is compiled, so the first step takes seconds
-            longer, not minutes; modules and parameters stay as they are. Defaults to
-            False.
-        bf16_residual (bool): Whether under bf16 autocast the stream between the blocks is
-            bf16, too; the reference's is fp32. It costs some accuracy, for what LayerScale
-            makes small is lost in the rounding, and halves the traffic of the stream where
-            ``compile_blocks`` fuses the norms, which autocast gives an fp32 copy otherwise.
-            Outputs of earlier blocks are bf16 then. Defaults to False.
+        compile_blocks (bool): Whether to compile the blocks in training. All blocks share
+            one compiled graph, so the first step takes seconds longer, not minutes.
+            Modules and parameters stay as they are. Defaults to False.
+        bf16_residual (bool): Whether the residual stream is bf16 under bf16 autocast; the
+            reference's is fp32. Halves its traffic where ``compile_blocks`` fuses the
+            norms. Costs accuracy: bf16 rounds away what a small LayerScale adds. Outputs
+            of earlier blocks are bf16, too. Defaults to False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.', weights=None | 'ema' | 'raw',
-            adapt_input_conv=False | True)`` starts from a checkpoint, see
+            adapt_input_conv=False | True)`` loads a checkpoint, see
             :func:`nepa_mm.checkpoints.loading.load_pretrained`. Defaults to None: normal
-            weights of std 0.02, zero biases.
+            weights with a standard deviation of 0.02, zero biases.
 
     Raises:
-        ValueError: An option has none of the values above; ``embed_dims`` is no
-            multiple of ``num_heads``, or the head dimension none of 4.
+        ValueError: An option has an unknown value; ``embed_dims`` is not a multiple of
+            ``num_heads``; the head dimension is not a multiple of 4.
     """
 
     arch_zoo = {
@@ -127,14 +119,20 @@ class NEPAViT(BaseBackbone):
     }
     OUT_TYPES = ('raw', 'cls_token', 'last_token', 'avg_featmap', 'featmap')
 
-    def __init__(self, arch='base', patch_size=14, in_channels=3, causal=True, out_indices=-1,
-                 out_type='raw', final_norm=True, fc_norm=False, qkv_bias=True, qk_norm='plain',
-                 gated_mlp=False, act_cfg=dict(type='GELU'), layer_scale_init_value=1e-5,
-                 norm_eps=1e-12, drop_rate=0., attn_drop_rate=0., drop_path_rate=0.,
-                 rope_theta=100., rope_shift=None, rope_jitter=None, rope_rescale=2.,
-                 use_abs_pos_emb=False, img_size=224, num_register_tokens=0, scan='raster',
-                 remainder='error', frozen_stages=-1, with_cp=False, compile_blocks=False,
-                 bf16_residual=False, init_cfg=None):
+    def __init__(self, arch: str | dict = 'base', patch_size: int | tuple[int, int] = 14,
+                 in_channels: int = 3, causal: bool = True,
+                 out_indices: int | Sequence[int] = -1, out_type: str = 'raw',
+                 final_norm: bool = True, fc_norm: bool = False, qkv_bias: bool = True,
+                 qk_norm: str | None = 'plain', gated_mlp: bool = False,
+                 act_cfg: dict = dict(type='GELU'), layer_scale_init_value: float | None = 1e-5,
+                 norm_eps: float = 1e-12, drop_rate: float = 0., attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0., rope_theta: float | None = 100.,
+                 rope_shift: float | None = None, rope_jitter: float | None = None,
+                 rope_rescale: float | None = 2., use_abs_pos_emb: bool = False,
+                 img_size: int | tuple[int, int] = 224, num_register_tokens: int = 0,
+                 scan: str = 'raster', remainder: str = 'error', frozen_stages: int = -1,
+                 with_cp: bool = False, compile_blocks: bool = False,
+                 bf16_residual: bool = False, init_cfg: dict | None = None):
         super().__init__(init_cfg)
         arch = self._arch_settings(arch)
         self.embed_dims, self.num_layers = arch['embed_dims'], arch['num_layers']
@@ -158,7 +156,7 @@ class NEPAViT(BaseBackbone):
         if fc_norm and out_type not in ('cls_token', 'last_token', 'avg_featmap'):
             raise ValueError('fc_norm normalises one vector per image and needs out_type '
                              f"'cls_token', 'last_token' or 'avg_featmap', got {out_type!r}.")
-        # what shapes of tensors do not tell: see checkpoint.warn_of_other_function
+        # what tensor shapes do not reveal, for checkpoints.loading.warn_of_other_function
         self.function = dict(act_cfg=dict(act_cfg), rope_theta=rope_theta, scan=scan,
                              norm_eps=norm_eps)
         self.out_type, self.with_cp, self.frozen_stages = out_type, with_cp, frozen_stages
@@ -231,7 +229,7 @@ class NEPAViT(BaseBackbone):
                 nn.init.zeros_(module.bias)
 
     def init_weights(self):
-        """Load ``init_cfg``'s checkpoint; without one the constructor's values stay."""
+        """Load the checkpoint of ``init_cfg``, or keep the constructor's values."""
         cfg = self.init_cfg
         if isinstance(cfg, dict) and cfg.get('type') == 'Pretrained':
             load_pretrained(self, **{k: v for k, v in cfg.items() if k != 'type'})
@@ -247,47 +245,45 @@ class NEPAViT(BaseBackbone):
             yield from (self.norm, self.fc_norm, self.rope)
 
     def train(self, mode=True):
-        """Set the training mode; what is frozen stays in evaluation mode."""
+        """Set the training mode; frozen modules stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
         return self
 
-    def embed(self, img):
-        """Embed the patches of an image; nothing is added to them.
+    def embed(self, img: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Embed the patches of an image, without positions.
 
         Args:
             img (Tensor): (B, C, height, width), normalised.
 
         Returns:
-            tuple[Tensor, tuple[int, int]]: Embeddings (B, gh * gw, D) in the order
-            of ``scan``, and the grid (gh, gw).
+            tuple[Tensor, tuple[int, int]]: Embeddings (B, gh * gw, D) in scan order, and
+            the grid (gh, gw).
         """
         return self.patch_embed(img)
 
-    def encode(self, z, grid, out_indices=(-1,)):
+    def encode(self, z: Tensor, grid: tuple[int, int],
+               out_indices: Sequence[int] = (-1,)) -> list[Tensor]:
         """Run the transformer.
 
         Args:
-            z (Tensor): Patch embeddings (B, n, D), the first n of the grid in
-                the order of ``scan``.
-            grid (tuple[int, int]): Rows and columns of the whole image.
-            out_indices (Sequence[int]): Blocks whose output is returned. Defaults
-                to the last one.
+            z (Tensor): Patch embeddings (B, n, D), the first n of the grid in scan order.
+            grid (tuple[int, int]): Rows and columns of the image.
+            out_indices (Sequence[int]): Blocks to return. Defaults to the last one.
 
         Returns:
-            list[Tensor]: Tokens (B, 1 + n, D) after each of these blocks, the class
-            token first, then any registers; the last block's are normalised if
-            ``final_norm``.
+            list[Tensor]: Tokens (B, 1 + n, D) after each of these blocks: class token,
+            registers if any, patches. The last block's are normalised if ``final_norm``.
 
         Raises:
-            ValueError: ``use_abs_pos_emb`` has no place for each patch of this grid.
+            ValueError: ``use_abs_pos_emb`` was built for another grid.
         """
         out_indices = self._resolve(out_indices)
         z = z.to(self.cls_token.dtype)                              # fp32 residual stream
         if self.pos_embed is not None:
             z = z + self._positions(grid)[:, :z.shape[1]]
-        prefix = [self.cls_token.expand(z.shape[0], -1, -1)]        # len() would fix it in exports
+        prefix = [self.cls_token.expand(z.shape[0], -1, -1)]        # len(z) is static in exports
         if self.register_tokens is not None:
             prefix.append(self.register_tokens.expand(z.shape[0], -1, -1))
         x = torch.cat((*prefix, z), dim=1)
@@ -311,7 +307,7 @@ class NEPAViT(BaseBackbone):
 
     def _positions(self, grid):                                     # 1 N D, in scan order
         if tuple(grid) != self.pos_embed.shape[1:3]:
-            raise ValueError('use_abs_pos_emb has places for {}x{} patches, but the image has '
+            raise ValueError('use_abs_pos_emb has positions for {}x{} patches, but the image has '
                              '{}x{}; set img_size to the size of the images.'.format(
                                  *self.pos_embed.shape[1:3], *grid))
         positions = self.pos_embed.flatten(1, 2)
@@ -319,13 +315,13 @@ class NEPAViT(BaseBackbone):
             return positions
         return positions[:, scan_order(self.scan, grid, positions.device)]
 
-    def without_registers(self, x):
-        """Tokens (B, 1 + n, D), class token first, of all tokens as :meth:`encode` gives them."""
+    def without_registers(self, x: Tensor) -> Tensor:
+        """Drop the registers from the tokens that :meth:`encode` returns: (B, 1 + n, D)."""
         if self.register_tokens is None:
             return x
         return torch.cat((x[:, :1], x[:, self.num_extra_tokens:]), dim=1)
 
-    def forward(self, img):
+    def forward(self, img: Tensor) -> tuple[Tensor, ...]:
         """Features of an image.
 
         Args:
@@ -338,8 +334,8 @@ class NEPAViT(BaseBackbone):
         return tuple(self.format_output(x, grid)
                      for x in self.encode(z, grid, self.out_indices))
 
-    def format_output(self, x, grid):
-        """Turn tokens (B, 1 + N, D) into what ``out_type`` names."""
+    def format_output(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Turn tokens (B, 1 + N, D) into the form of ``out_type``."""
         if self.out_type == 'raw':
             return x
         patches = x[:, self.num_extra_tokens:]
@@ -351,7 +347,7 @@ class NEPAViT(BaseBackbone):
             return self.fc_norm(patches.mean(dim=1))
         return self.fc_norm(x[:, 0 if self.out_type == 'cls_token' else -1])
 
-    def get_layer_depth(self, param_name, prefix=''):
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning rates.
 
         Args:
@@ -359,11 +355,12 @@ class NEPAViT(BaseBackbone):
             prefix (str): Name of the backbone in the model, e.g. 'backbone.'.
 
         Returns:
-            tuple[int, int]: Depth and number of depths: 0 for patch embedding, class
-            token, registers and places, i + 1 for block i, ``num_layers + 1`` for what follows.
+            tuple[int, int]: Depth and number of depths. Depth is 0 for patch embedding,
+            class token, registers and positions, i + 1 for block i, ``num_layers + 1``
+            above the blocks.
 
         Raises:
-            ValueError: The name is below the prefix but no parameter of this class.
+            ValueError: The name starts with the prefix but is no parameter of this class.
         """
         num_depths = self.num_layers + 2
         if not param_name.startswith(prefix):
