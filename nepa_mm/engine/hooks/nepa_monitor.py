@@ -1,4 +1,4 @@
-"""What the loss does not tell: whether the network predicts, copies, or has collapsed."""
+"""Tells prediction from copying and collapse, which the loss alone cannot."""
 import logging
 
 import torch
@@ -8,14 +8,15 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from torch import Tensor
 
 
-def effective_rank(rows):
-    """How many directions a set of vectors uses: the exponential of an entropy (RankMe).
+def effective_rank(rows: Tensor) -> Tensor:
+    """The number of directions that a set of vectors uses (RankMe).
 
-    The entropy is that of the singular values, divided by their sum, of the normalised
-    vectors, which are not centred: the cosine loss sees directions from the origin.
-    Source: Roy and Vetterli 2007; Garrido et al. 2023 (arXiv 2210.02885).
+    This is the exponential of the entropy of the singular values, divided by their sum.
+    Vectors are normalised but not centred: the cosine loss measures directions from the
+    origin. Source: Roy and Vetterli 2007; Garrido et al. 2023 (arXiv 2210.02885).
 
     Args:
         rows (Tensor): (R, D).
@@ -23,7 +24,7 @@ def effective_rank(rows):
     Returns:
         Tensor: Scalar from 1 to min(R, D), fp64; NaN if a value is not finite.
     """
-    # On a GPU the eigenvalues of a D x D matrix cost a tenth of an SVD, but need fp64, which
+    # On a GPU, eigenvalues of a D x D matrix cost a tenth of an SVD. They need fp64, which
     # other accelerators may lack.
     rows = F.normalize((rows if rows.is_cuda else rows.cpu()).double(), dim=1)
     if not rows.isfinite().all():
@@ -33,31 +34,31 @@ def effective_rank(rows):
 
 
 @torch.no_grad()
-def prediction_statistics(h, z, shift=1, num_rows=2048):
-    """Compare the outputs of one batch with the embeddings that they read and predict.
+def prediction_statistics(h: Tensor, z: Tensor, shift: int = 1,
+                          num_rows: int = 2048) -> dict[str, Tensor]:
+    """Compare the outputs of one batch with the embeddings they read and predict.
 
-    Both cosines are over the same outputs, those of patches 1 to N - shift (the class
-    token has no patch to copy), and so may differ a little from minus the loss.
+    Both cosines use the outputs of patches 1 to N - shift: the class token has no patch to
+    copy. They may therefore differ slightly from minus the loss.
 
     Args:
         h (Tensor): Outputs (B, 1 + n, D), class token first, n >= N - shift.
         z (Tensor): Embeddings of all N patches (B, N, D).
-        shift (int): How many patches ahead the network predicts. Where it is 0, which
-            is the row "no shift" of Table 1a, outputs are compared with the next patch.
-            Defaults to 1.
-        num_rows (int): How many of the B x N embeddings, and of the outputs, drawn at
-            random, are used for spread and rank. Defaults to 2048.
+        shift (int): How many patches ahead the network predicts. 0 ("no shift" in Table 1a)
+            is compared with the next patch. Defaults to 1.
+        num_rows (int): Random sample of the B x N embeddings, and of the outputs, for
+            spread and rank. Defaults to 2048.
 
     Returns:
         dict[str, Tensor]: Scalars.
 
         - ``next_cosine``: output against the patch to predict.
         - ``copy_cosine``: output against the patch just read.
-        - ``lift``: their difference. Negative in a new network, which LayerScale makes
-          nearly the identity, and in one that copies.
-        - ``embedding_std``, ``output_std``: standard deviation of the normalised
-          vectors, averaged over channels, in units of 1 / sqrt(D): about 1 for
-          directions spread evenly around the origin, 0 for a single one.
+        - ``lift``: ``next_cosine - copy_cosine``. Negative in a new network, which
+          LayerScale makes almost the identity, and in a network that copies.
+        - ``embedding_std``, ``output_std``: standard deviation of the normalised vectors,
+          averaged over channels, in units of 1 / sqrt(D). About 1 for directions spread
+          evenly around the origin, 0 for a single direction.
         - ``embedding_rank``, ``output_rank``: see :func:`effective_rank`.
     """
     z = F.normalize(z.float(), dim=-1, eps=1e-12)
@@ -70,7 +71,7 @@ def prediction_statistics(h, z, shift=1, num_rows=2048):
                   lift=next_cosine - copy_cosine)
     for name, vectors in dict(embedding=z, output=h).items():
         vectors = vectors.flatten(0, 1)
-        # a generator of its own leaves the random state of the run alone
+        # a separate generator: the run's random state must not change
         order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))
         vectors = vectors[order[:num_rows].to(vectors.device)]
         result[f'{name}_std'] = (vectors.std(dim=0, correction=0).mean()
@@ -83,26 +84,24 @@ def prediction_statistics(h, z, shift=1, num_rows=2048):
 class NEPAMonitorHook(Hook):
     """Log :func:`prediction_statistics` of the training batch; warn of collapse and copying.
 
-    Outputs and embeddings are those of the training step itself, picked up on their
-    way, so nothing is computed twice. The values go to ``train/...`` of the message
-    hub, hence into the log and every visualisation backend; ``grad_norm`` is there
-    already, thanks to ``optim_wrapper.clip_grad``.
+    Forward hooks take outputs and embeddings from the training step, so nothing is computed
+    twice. Values go to ``train/...`` of the message hub, and from there to the log and to
+    every visualisation backend. (``grad_norm`` comes from ``optim_wrapper.clip_grad``.)
 
-    Two warnings, each given once, name the values they rest on:
+    Each of two warnings is logged once, with its values:
 
-    - collapse: ``embedding_std`` is below 0.1, which is a mean cosine of 0.99 between
-      embeddings of arbitrary patches (Table 1a, no stop-gradient);
+    - collapse: ``embedding_std`` is below 0.1, a mean cosine of 0.99 between embeddings of
+      arbitrary patches (Table 1a, no stop-gradient);
     - copying: ``lift`` is negative after the first fifth of the run and after
-      ``copy_grace`` iterations, so outputs resemble what was read more than what comes next
-      (Table 1a, no shift). A healthy network begins as a copy and needs that long to leave it.
+      ``copy_grace`` iterations (Table 1a, no shift). A healthy network starts as a copy and
+      needs that long to stop copying.
 
     Args:
         interval (int): Iterations between two measurements. Defaults to 100.
-        num_images (int): How many images of the local batch are looked at. Defaults
-            to 64.
-        copy_grace (int): Iterations before which copying is not judged. Defaults to 1000.
-        stop_on_collapse (bool): Whether collapse and copying end the run with an error
-            instead of a warning. Defaults to False.
+        num_images (int): Images of the local batch to measure. Defaults to 64.
+        copy_grace (int): Iterations before copying is judged. Defaults to 1000.
+        stop_on_collapse (bool): Whether collapse and copying raise an error instead of a
+            warning. Defaults to False.
 
     Raises:
         ValueError: ``interval`` or ``num_images`` is not positive, or the model is not
@@ -110,10 +109,11 @@ class NEPAMonitorHook(Hook):
         RuntimeError: Collapse or copying, with ``stop_on_collapse``.
     """
 
-    priority = 'ABOVE_NORMAL'   # before the timer: its cost is no waiting for data
+    priority = 'ABOVE_NORMAL'   # before the timer, so that its cost does not count as data time
     MIN_STD, COPY_SHARE = 0.1, 0.2
 
-    def __init__(self, interval=100, num_images=64, copy_grace=1000, stop_on_collapse=False):
+    def __init__(self, interval: int = 100, num_images: int = 64, copy_grace: int = 1000,
+                 stop_on_collapse: bool = False):
         if interval < 1 or num_images < 1:
             raise ValueError('interval and num_images must be positive, '
                              f'got {interval} and {num_images}.')
@@ -129,7 +129,7 @@ class NEPAMonitorHook(Hook):
                              f'got {type(self.model).__name__}.')
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        """Arrange to pick up embeddings and outputs, if this iteration is measured."""
+        """Register forward hooks if this iteration is measured."""
         if self.every_n_train_iters(runner, self.interval):
             def catch(name, output):
                 self.caught[name] = output[:self.num_images].detach()
@@ -140,7 +140,7 @@ class NEPAMonitorHook(Hook):
                 backbone.norm.register_forward_hook(lambda *args: catch('h', args[-1]))]
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Measure, log and judge."""
+        """Measure, log and warn."""
         if not self.handles:
             return
         for handle in self.handles:
@@ -149,7 +149,7 @@ class NEPAMonitorHook(Hook):
         self.caught['h'] = self.model.backbone.without_registers(self.caught['h'])
         result = prediction_statistics(**self.caught, shift=self.model.head.shift)
         self.caught = {}
-        # all processes get the mean, and come to the same judgement
+        # the mean over all processes, so that all of them decide alike
         values = torch.stack([value.to(result['lift']) for value in result.values()])
         all_reduce(values, 'mean')
         result = dict(zip(result, values.tolist()))
@@ -161,8 +161,8 @@ class NEPAMonitorHook(Hook):
         if result['embedding_std'] < self.MIN_STD:
             self._warn('collapse', (
                 'Collapse at iteration {}: the embeddings of all patches point the same way '
-                '(embedding_std {embedding_std:.4f}, effective rank {embedding_rank:.1f}), which '
-                'any constant predicts (next_cosine {next_cosine:.4f}).'
+                '(embedding_std {embedding_std:.4f}, effective rank {embedding_rank:.1f}, '
+                'next_cosine {next_cosine:.4f}).'
             ).format(iteration, **result))
         elif result['lift'] < 0 and iteration > max(self.COPY_SHARE * max_iters, self.copy_grace):
             self._warn('copying', (

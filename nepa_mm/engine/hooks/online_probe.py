@@ -1,4 +1,4 @@
-"""Evaluation during pretraining that leaves the pretraining as it is."""
+"""Evaluation during pretraining that does not change the run."""
 import torch
 from mmengine.dist import all_gather
 from mmengine.hooks import EMAHook, Hook
@@ -17,17 +17,17 @@ from nepa_mm.utils.signals import shield_workers
 class OnlineProbeHook(Hook):
     """Accuracy of k-NN and of a linear probe on frozen features, every few epochs.
 
-    Measured on the raw weights (``knn_top1``, ``linear_top1``, in percent) and, where
-    there is an EMA hook, on the average (``..._ema``); they go to the log and to every
-    visualisation backend. Features are extracted without gradient, in evaluation mode
-    and fp32, the probe has an optimizer of its own, and the random states are put back:
-    the run is bitwise the same with this hook and without.
+    Scores the raw weights (``knn_top1``, ``linear_top1``, in percent) and, with an EMA hook,
+    the EMA weights (``..._ema``). Values go to the log and to every visualisation backend.
+    Features are extracted without gradient, in evaluation mode and fp32. The probe has its
+    own optimizer and restores the random states, so the run is bitwise the same with and
+    without this hook.
 
-    A collapse shows in k-NN, hardly in the linear probe, whose standardised features enlarge
-    what little differs.
+    A collapse shows in k-NN. The linear probe hardly shows it: standardised features
+    amplify small differences.
 
-    Processes share the work. Every one of them holds all features, so for a large data
-    set take a part of it (``indices`` of OpenMMLab's data sets).
+    Processes share the work, but each one holds all features. For a large data set use a
+    part of it (``indices`` of OpenMMLab's data sets).
 
     Example::
 
@@ -41,34 +41,33 @@ class OnlineProbeHook(Hook):
 
     Args:
         bank_dataloader (dict): Labelled images that vote and train the probe; a config
-            as ``val_dataloader``, in a fixed order. Its pipeline should not be random.
+            like ``val_dataloader``, in a fixed order, with a pipeline that draws nothing.
         query_dataloader (dict): Labelled images to classify.
-        interval (int): Epochs between two evaluations; the last epoch has one in any
-            case. Defaults to 10.
+        interval (int): Epochs between two evaluations; the last epoch is always
+            evaluated. Defaults to 10.
         feature (str): 'avg_featmap', 'last_token' or 'cls_token'. Defaults to
             'avg_featmap'.
-        block (int): Block whose output is read. The last one's is made to resemble an
-            embedding and is shallow (Table 6), so an earlier one may say more. Defaults
-            to -1.
+        block (int): Block whose output is read. The last block predicts embeddings and is
+            shallow (Table 6); earlier blocks may score higher. Defaults to -1.
         k (int): Neighbours that vote. Defaults to 20.
 
     Raises:
         ValueError: ``interval`` is not positive, the images have no labels, or the run is
-            sharded, see :class:`nepa_mm.engine.FSDPRunner`.
+            sharded (:class:`nepa_mm.engine.FSDPRunner`).
     """
 
-    def __init__(self, bank_dataloader, query_dataloader, interval=10, feature='avg_featmap',
-                 block=-1, k=20):
+    def __init__(self, bank_dataloader: dict, query_dataloader: dict, interval: int = 10,
+                 feature: str = 'avg_featmap', block: int = -1, k: int = 20):
         if interval < 1:
             raise ValueError(f'interval must be positive, got {interval}.')
         self.bank, self.queries = bank_dataloader, query_dataloader
         self.interval, self.feature, self.block, self.k = interval, feature, block, k
 
     def before_train(self, runner):
-        """Build the data loaders, so that what is missing is missed at once."""
+        """Build the data loaders, so that missing data is an error at once."""
         if is_sharded(runner.model):
-            raise ValueError(f'{type(self).__name__} reads whole weights, which no process of '
-                             'FSDPRunner has: leave it out and give checkpoints to '
+            raise ValueError(f'{type(self).__name__} needs full weights, which no process of '
+                             'FSDPRunner holds: remove it and give checkpoints to '
                              'tools/analysis_tools/knn.py.')
         with kept_random_state():
             self.bank, self.queries = (
@@ -85,7 +84,7 @@ class OnlineProbeHook(Hook):
             runner.logger.warning(sentence)
 
     def after_train_epoch(self, runner):
-        """Evaluate the raw and the averaged weights."""
+        """Evaluate the raw and the EMA weights."""
         if not (self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner)):
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
@@ -100,7 +99,7 @@ class OnlineProbeHook(Hook):
             dict(result, epoch=runner.epoch + 1, iter=runner.iter), step=runner.iter)
 
     def evaluate(self, model):
-        """Top-1 accuracies in percent of one model, the same in every process."""
+        """Top-1 accuracies of one model in percent, equal in every process."""
         bank, bank_labels = self._features(model, self.bank)
         queries, labels = self._features(model, self.queries)
         num_classes = int(max(bank_labels.max(), labels.max())) + 1
@@ -111,7 +110,7 @@ class OnlineProbeHook(Hook):
                 for name, score in scores.items()}
 
     def _features(self, model, dataloader):
-        """Features and labels of a whole data set, in its order, from all processes."""
-        # process r of P has images r, r + P, ...; the first ones again if there are too few
+        """Features and labels of a data set, in its order, from all processes."""
+        # process r of P has images r, r + P, ..., padded with the first images
         return [torch.stack(all_gather(part), dim=1).flatten(0, 1)[:len(dataloader.dataset)]
                 for part in extract_features(model, dataloader, self.feature, self.block)]

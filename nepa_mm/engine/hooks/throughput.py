@@ -1,4 +1,4 @@
-"""Speed of training: images/s, time lost waiting for data, share of the peak rate."""
+"""Speed of training: images/s, time spent waiting for data, model FLOPs utilisation."""
 import math
 import time
 
@@ -13,14 +13,13 @@ from torch import nn
 from nepa_mm.datasets.transforms.gpu_decode import batch_shape
 
 
-def flops_per_image(model, height, width):
+def flops_per_image(model: nn.Module, height: int, width: int) -> int:
     """Floating-point operations of NEPA for one image, forward and backward.
 
-    A multiply-add counts as two. The backward pass costs twice the forward pass, but
-    for the patch embedding, whose input needs no gradient, as much. Behind the causal
-    mask only the T (T + 1) / 2 visible pairs of tokens count. Norms, activations and
-    recomputation (``with_cp``) do not, as usual. At 224 x 224 pixels these are
-    134.6 G for ViT-B/14 and 474.2 G for ViT-L/14.
+    A multiply-add counts as two. The backward pass costs twice the forward pass; for the
+    patch embedding, whose input needs no gradient, it costs the same. A causal mask leaves
+    T (T + 1) / 2 pairs of tokens. Norms, activations and recomputation (``with_cp``) do not
+    count, as usual. At 224 x 224 pixels: 134.6 G for ViT-B/14, 474.2 G for ViT-L/14.
 
     Args:
         model (NEPA): The model.
@@ -42,14 +41,14 @@ def flops_per_image(model, height, width):
     return 3 * blocks + 2 * 2 * N * patch_embed.projection.weight.numel()
 
 
-def peak_flops(dtype, device, repeats=5):
+def peak_flops(dtype: torch.dtype, device: str | torch.device, repeats: int = 5) -> float:
     """Best measured rate of a large matrix product, in operations per second.
 
-    Of those that a linear layer needs: for its output, and for either gradient. They differ
-    where torch has no good kernel, as for bf16 on a CPU without instructions for it.
+    Times the three products of a linear layer: output, gradient of the input, gradient of the
+    weight. Their rates differ where torch lacks a good kernel (bf16 on older CPUs).
     """
     size = 1024 if torch.device(device).type == 'cpu' else 8192
-    generator = torch.Generator(device).manual_seed(0)  # leaves the run's random state alone
+    generator = torch.Generator(device).manual_seed(0)  # not the run's generator
     a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     best = float('inf')
     for left, right in [(a, a.T), (a, a), (a.T, a)] * repeats:
@@ -61,29 +60,30 @@ def peak_flops(dtype, device, repeats=5):
 
 @HOOKS.register_module()
 class ThroughputHook(Hook):
-    """Log speed and what limits it, as means since the last time.
+    """Log speed and what limits it, as means since the last measurement.
 
-    In ``train/...`` of the message hub, hence in the log and every visualisation backend:
+    Values go to ``train/...`` of the message hub, and from there to the log and to every
+    visualisation backend:
 
-    - ``images_per_second``: of all processes together. What happens between two
-      epochs, such as evaluation and saving, does not count.
-    - ``data_wait``: share of the time spent waiting for the next batch.
-    - ``mfu``: model FLOPs utilisation, :func:`flops_per_image` per second and process
-      over the peak rate. Images are taken to be as large as the last one.
+    - ``images_per_second``: over all processes, without the time between epochs
+      (evaluation, saving).
+    - ``data_wait``: fraction of the time spent waiting for the next batch.
+    - ``mfu``: model FLOPs utilisation: :func:`flops_per_image` per second and process,
+      divided by the peak rate. Assumes that all images have the size of the last batch.
 
     Args:
         interval (int): Iterations between two measurements. Defaults to 100.
         peak_tflops (float, optional): Peak rate of one device in 1e12 operations per
             second, such as 989 for a dense bf16 product on an H100. Defaults to None:
-            that of a matrix product, in the type the run uses, timed when it starts.
+            measured by a matrix product at the start, in the dtype of the run.
 
     Raises:
         ValueError: ``interval`` or ``peak_tflops`` is not positive.
     """
 
-    priority = 'VERY_LOW'   # last: what the other hooks cost is no waiting for data
+    priority = 'VERY_LOW'   # last, so that other hooks do not count as data time
 
-    def __init__(self, interval=100, peak_tflops=None):
+    def __init__(self, interval: int = 100, peak_tflops: float | None = None):
         if interval < 1 or (peak_tflops is not None and peak_tflops <= 0):
             raise ValueError('interval and peak_tflops must be positive, '
                              f'got {interval} and {peak_tflops}.')
@@ -99,7 +99,7 @@ class ThroughputHook(Hook):
         if self.peak_tflops is None:
             with runner.optim_wrapper.optim_context(runner.model):
                 one = torch.ones(1, 1, device=device)
-                dtype = (one @ one).dtype   # the type that autocast, if any, computes in
+                dtype = (one @ one).dtype   # the dtype of autocast, if enabled
             self.peak_tflops = peak_flops(dtype, device) / 1e12
             runner.logger.info(f'Peak rate of a matrix product in {dtype}, measured: '
                                f'{self.peak_tflops:.4g} TFLOP/s per process.')
@@ -109,11 +109,11 @@ class ThroughputHook(Hook):
         self.images, self.waiting, self.working = 0, 0., 0.
 
     def before_train_epoch(self, runner):
-        """Leave out what happened between two epochs."""
+        """Skip the time between two epochs."""
         self.mark = time.perf_counter()
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        """Stop waiting; in time for this iteration's log, publish the means."""
+        """End the data time; publish the means in time for this iteration's log."""
         now = time.perf_counter()
         self.waiting, self.mark = self.waiting + now - self.mark, now
         if self.images and self.every_n_train_iters(runner, self.interval):
