@@ -131,7 +131,7 @@ def test_checkpoints_are_whole(folder, monkeypatch):
                                  'train_dataloader.batch_size=4')])
     assert runner.iter == 12
     log = next(Path(runner.log_dir).glob('*.log')).read_text()
-    assert 'FSDPRunner has one process and nothing to share.' in log
+    assert 'FSDPRunner runs one process and does not shard.' in log
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_all(report):
@@ -140,8 +140,8 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(report):
 
 def test_what_cannot_be_is_said(report, monkeypatch):
     errors = report['errors']
-    assert 'leave out model_wrapper_cfg' in errors['wrapper']
-    assert errors['average'].strip().endswith('from the first update on: leave out begin_iter.')
+    assert 'remove model_wrapper_cfg' in errors['wrapper']
+    assert errors['average'].strip().endswith('from the first update on: remove begin_iter.')
     assert errors['probe'].strip().endswith('checkpoints to tools/analysis_tools/knn.py.')
     with pytest.raises(ValueError, match='shards the blocks of a NEPAViT, but Linear has none'):
         shard(torch.nn.Linear(1, 1))

@@ -203,7 +203,7 @@ def test_class_without_a_pixel_is_said_by_name():
     train()
     assert re.search(r"'corner'.*none of the 2 masks", log())
     evaluate()
-    assert re.search(r"no pixel of the ground truth.*'corner'.*IoU.*nan.*mIoU", log())
+    assert re.search(r"ground truth has no pixel of 'corner'.*IoU is nan.*mIoU", log())
 
 
 def test_evaluation_without_ground_truth_is_no_nan(capsys):

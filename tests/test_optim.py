@@ -174,7 +174,7 @@ def test_unknown_parameter_is_refused(name, rate):
 def test_backbone_without_depths_is_refused():
     model = nn.Module()
     model.backbone = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match='Linear has no get_layer_depth'):
+    with pytest.raises(ValueError, match='get_layer_depth, and Linear has none'):
         optim_wrapper(model)
 
 
@@ -252,7 +252,7 @@ def test_resuming_a_schedule_of_another_length_warns(log):
     saved = build_scheduler(optim_wrapper(classifier(ARCH))).state_dict()
     scheduler = build_scheduler(optim_wrapper(classifier(ARCH)), end=2000)
     scheduler.load_state_dict(saved)
-    assert 'schedule of 1000 updates goes on; the 2000' in log.text
+    assert 'schedule of 1000 updates continues; the 2000' in log.text
     assert scheduler.total_updates == 1000
 
 

@@ -122,7 +122,7 @@ def test_the_config_says_what_goes_on(folder):
     output = train('work', *FAST, 'train_cfg.max_epochs=6', 'param_scheduler.end=6',
                    'optim_wrapper.optimizer.lr=0.02', 'randomness.seed=2')
     assert 'The training data has 13 samples and had 12' in output
-    assert 'of the checkpoint goes on, not the 2 of this run' in output
+    assert 'of the checkpoint is used, not the 2 of this run' in output
     assert re.search('The optimizer follows the config .*lr is', output)
 
 

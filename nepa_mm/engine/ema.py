@@ -1,43 +1,42 @@
-"""The moving average of the weights, in one operation."""
+"""EMA weights, updated by one multi-tensor operation."""
 import torch
 from mmengine.model import ExponentialMovingAverage
-from mmengine.registry import (
-    MODELS,
-)
+from mmengine.registry import MODELS
+from torch import nn
 
 from nepa_mm.engine.fsdp_runner import local_shard
 
 
 @MODELS.register_module()
 class MultiTensorEMA(ExponentialMovingAverage):
-    """mmengine's moving average, bit for bit, in one multi-tensor operation per update.
+    """mmengine's ExponentialMovingAverage, bit for bit, in one multi-tensor operation per update.
 
-    The first update copies, every later one adds ``momentum`` times the difference:
-    momentum 1e-4 is a decay of 0.9999, the released code's in both stages.
+    The first update copies; later updates add ``momentum`` times the difference. Momentum
+    1e-4 is a decay of 0.9999, the released code's in both stages.
 
     Args:
         model (nn.Module): The model to average.
         momentum (float): Weight of the new value, in (0, 1). Defaults to 1e-4.
-        interval (int): Updates of the model between two of the average. Defaults to 1.
-        device (torch.device, optional): Where the average lives. Defaults to None: with
-            the model.
-        update_buffers (bool): Whether floating-point buffers are averaged too, instead
-            of copied. Defaults to False.
+        interval (int): Model updates per EMA update. Defaults to 1.
+        device (torch.device, optional): Device of the EMA weights. Defaults to None: the
+            model's.
+        update_buffers (bool): Whether to average floating-point buffers instead of copying
+            them. Defaults to False.
     """
 
-    def __init__(self, model, momentum=1e-4, interval=1, device=None, update_buffers=False):
+    def __init__(self, model: nn.Module, momentum: float = 1e-4, interval: int = 1,
+                 device: torch.device | None = None, update_buffers: bool = False):
         super().__init__(model, momentum, interval, device, update_buffers)
-        # read in every update: on a GPU that would stop the host until the queue is empty
-        self.steps = self.steps.cpu()
-        self.places = None      # where everything is: to walk through the models takes longer
+        self.steps = self.steps.cpu()   # read in every update: a host sync on a GPU
+        self.places = None      # of all tensors, cached: walking the modules takes longer
 
     def __getstate__(self):
-        """For copies and pickles, which must not follow a copy of the model."""
+        """Drop the cache from copies and pickles; it refers to the model."""
         return dict(vars(self), places=None)
 
     @torch.no_grad()
-    def update_parameters(self, model):
-        """Take the current weights of ``model`` into the average."""
+    def update_parameters(self, model: nn.Module) -> None:
+        """Update the EMA weights with the current weights of ``model``."""
         if self.places is None or self.places[0] is not model:
             self.places = (model, [_place(model, name) for name in self.avg_parameters],
                            [(_place(self.module, name), _place(model, name))
@@ -64,7 +63,7 @@ class MultiTensorEMA(ExponentialMovingAverage):
 
 
 def _place(model, name):
-    """The dict of a module of ``model`` that holds a parameter or buffer, and its key there."""
+    """The module dict that holds a parameter or buffer of ``model``, and its key."""
     owner, _, key = name.rpartition('.')
     module = model.get_submodule(owner)
     return (module._parameters if key in module._parameters else module._buffers), key

@@ -1,13 +1,11 @@
-"""bf16 without a loss scaler."""
+"""Mixed precision in bf16, without a loss scaler."""
 from contextlib import contextmanager
 
 import torch
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
-from mmengine.registry import (
-    OPTIM_WRAPPERS,
-)
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 
 from nepa_mm.engine.fsdp_runner import full_tensor
@@ -16,18 +14,18 @@ from nepa_mm.engine.hooks.deferred_runtime_info import log_scalar
 
 @OPTIM_WRAPPERS.register_module()
 class BF16OptimWrapper(OptimWrapper):
-    """Forward pass under bf16 autocast; weights, gradients and optimizer state stay fp32.
+    """Runs the forward pass under bf16 autocast; weights, gradients and state stay fp32.
 
     bf16 has the exponent range of fp32, so the loss needs no scaling.
 
     Args:
-        bf16_on_cpu (bool): Whether to autocast without an accelerator too. False
-            trains in fp32 there and says so in the log. Defaults to False.
+        bf16_on_cpu (bool): Whether to autocast on the CPU, too. False trains in fp32 there
+            and logs it. Defaults to False.
         **kwargs: ``optimizer``, ``accumulative_counts`` and ``clip_grad`` of
             :class:`mmengine.optim.OptimWrapper`.
     """
 
-    def __init__(self, bf16_on_cpu=False, **kwargs):
+    def __init__(self, bf16_on_cpu: bool = False, **kwargs):
         super().__init__(**kwargs)
         self.bf16 = bf16_on_cpu or get_device() != 'cpu'
         if not self.bf16:
@@ -36,17 +34,17 @@ class BF16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model):
-        """Autocast, and leave gradients unsynchronised before the last micro-step."""
+        """Autocast; skip the gradient all-reduce before the last micro-step."""
         with super().optim_context(model), autocast(dtype=torch.bfloat16, enabled=self.bf16):
             yield
 
     @property
-    def keeps_norm(self):
-        """Whether clipping leaves the norm before it in ``grad_norm``, on its device."""
+    def keeps_norm(self) -> bool:
+        """Whether clipping keeps the unclipped norm in ``grad_norm``, on the device."""
         return bool(self.clip_grad_kwargs) and self.grad_name == 'grad_norm'
 
     def _clip_grad(self):
-        """Clip as the parent class does, but leave the norm on its device until it is printed."""
+        """Clip like the parent class, but keep the norm on the device until it is printed."""
         params = [p for group in self.optimizer.param_groups for p in group['params']
                   if p.requires_grad and p.grad is not None]
         norm = full_tensor(self.clip_func(params, **self.clip_grad_kwargs)) if params else None

@@ -1,39 +1,38 @@
-"""The schedule of NEPA: warmup and cosine, per optimizer update."""
+"""NEPA's schedule: warmup and cosine per optimizer update, with layer decay."""
 import logging
 import math
 
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper
 from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
 from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
-from mmengine.registry import (
-    PARAM_SCHEDULERS,
-)
+from mmengine.registry import PARAM_SCHEDULERS
 
 
 @PARAM_SCHEDULERS.register_module()
 class LayerDecayCosineLR(LRSchedulerMixin, _ParamScheduler):
-    """Linear warmup from 0, then a cosine to 0, per optimizer update; layer decay may vary.
+    """Linear warmup from 0, then a cosine to 0, per optimizer update; optional layer decay.
 
-    The first update has lr 0, update W the peak, W being the length of the warmup; the
-    cosine would be 0 one update after the last (as in Hugging Face's schedule, which the
-    released code uses). With ``accumulative_counts`` the value changes with the update,
-    not with the micro-step. Iterations are counted, so a config that counts epochs needs
-    ``convert_to_iter_based=True``, one that gives only a ratio ``by_epoch=False``.
+    With a warmup of W updates, the first update has lr 0 and update W the peak. The cosine
+    reaches 0 one update after the last, as in Hugging Face's schedule (released code). With
+    ``accumulative_counts`` the value changes per update, not per micro-step. The scheduler
+    counts iterations: a config in epochs needs ``convert_to_iter_based=True``, a config with
+    only a ratio ``by_epoch=False``.
 
     Args:
-        optimizer (OptimWrapper): From :class:`LayerDecayOptimWrapperConstructor` if one
-            of the two options about layers is used, else any.
+        optimizer (OptimWrapper): Must come from :class:`LayerDecayOptimWrapperConstructor`
+            for ``per_layer_warmup`` and ``final_decay_rate``.
         warmup (int): Length of the warmup in the unit of ``end``: epochs with
             ``convert_to_iter_based=True``, otherwise iterations. Defaults to 0.
-        warmup_ratio (float, optional): The same as a share of the whole run, instead
-            of ``warmup``; W is rounded up. Defaults to None.
-        per_layer_warmup (bool): Whether a group at ``depth_from_top`` s warms up in only
+        warmup_ratio (float, optional): Length of the warmup as a fraction of the run,
+            rounded up; replaces ``warmup``. Defaults to None.
+        per_layer_warmup (bool): Whether a group at ``depth_from_top`` s warms up in
             ``max(1, W - round(W * rate ** s))`` updates: the top layers at once, the
-            bottom ones in nearly W (released fine-tuning, ``llrd_cosine_warmup``).
+            bottom layers in nearly W (released fine-tuning, ``llrd_cosine_warmup``).
             Defaults to False.
-        final_decay_rate (float, optional): Layer decay at the end of the run, towards
-            which the constructor's rate rises linearly (paper, appendix: 0.35 or 0.60
-            to 1.0). Defaults to None: constant.
+        final_decay_rate (float, optional): Layer decay at the end of the run. The
+            constructor's rate rises linearly to it (paper, appendix: 0.35 or 0.60 to 1.0).
+            Defaults to None: constant.
         begin, end (int): First and last step, ``end`` excluded. Default to 0 and the
             length of the run.
         last_step (int): Index of the last step when resuming without a state dict.
@@ -42,13 +41,14 @@ class LayerDecayCosineLR(LRSchedulerMixin, _ParamScheduler):
         verbose (bool): Whether to print every value. Defaults to False.
 
     Raises:
-        ValueError: Steps would be epochs, the warmup is given twice or does not fit the
-            run, both options about layers are set, or the groups know no layers.
+        ValueError: The unit is epochs, the warmup is given twice or does not fit the run,
+            both layer options are set, or the groups have no ``depth_from_top``.
     """
 
-    def __init__(self, optimizer, warmup=0, warmup_ratio=None, per_layer_warmup=False,
-                 final_decay_rate=None, begin=0, end=INF, last_step=-1, by_epoch=True,
-                 verbose=False):
+    def __init__(self, optimizer: OptimWrapper, warmup: int = 0,
+                 warmup_ratio: float | None = None, per_layer_warmup: bool = False,
+                 final_decay_rate: float | None = None, begin: int = 0, end: int = INF,
+                 last_step: int = -1, by_epoch: bool = True, verbose: bool = False):
         if by_epoch:
             raise ValueError('LayerDecayCosineLR counts iterations: set '
                              'convert_to_iter_based=True, or by_epoch=False.')
@@ -84,10 +84,10 @@ class LayerDecayCosineLR(LRSchedulerMixin, _ParamScheduler):
         super().__init__(optimizer, begin, end, last_step, by_epoch, verbose)
 
     def load_state_dict(self, state_dict):
-        """Go on with a saved schedule; warn if the config now has one of another length."""
+        """Continue a saved schedule; warn if the config has another length."""
         if state_dict['total_updates'] != self.total_updates:
-            print_log(f'The checkpoint\'s schedule of {state_dict["total_updates"]} updates goes '
-                      f'on; the {self.total_updates} of this config are ignored.',
+            print_log(f'The checkpoint\'s schedule of {state_dict["total_updates"]} updates '
+                      f'continues; the {self.total_updates} updates of this config are ignored.',
                       logger='current', level=logging.WARNING)
         super().load_state_dict(state_dict)
 

@@ -1,1 +1,1 @@
-"""Scores beyond the libraries' own."""
+"""Frozen-feature scores, and a stricter IoUMetric."""

@@ -1,30 +1,33 @@
-"""What frozen features know: k-nearest neighbours and a linear classifier."""
-
+"""Frozen features, scored by k-nearest neighbours and by a linear probe."""
 import torch
 import torch.nn.functional as F
+from mmengine.model import BaseModel
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 FEATURES = ('avg_featmap', 'last_token', 'cls_token')
 
 
 @torch.no_grad()
-def extract_features(model, dataloader, feature='avg_featmap', block=-1):
+def extract_features(model: BaseModel, dataloader: DataLoader, feature: str = 'avg_featmap',
+                     block: int = -1) -> tuple[Tensor, Tensor]:
     """Features of a data set, in evaluation mode.
 
     Args:
-        model (BaseModel): Anything with a NEPAViT as ``backbone`` and a
+        model (BaseModel): A model with a NEPAViT as ``backbone`` and a
             ``data_preprocessor``.
         dataloader (DataLoader): Batches with ``inputs`` and labelled ``data_samples``.
         feature (str): 'avg_featmap' (mean over the patches), 'last_token' or
             'cls_token'. Defaults to 'avg_featmap'.
-        block (int): Block whose output is read; the last one is read after the final
-            norm. Defaults to -1.
+        block (int): Block whose output is read; the last one includes the final norm.
+            Defaults to -1.
 
     Returns:
         tuple[Tensor, Tensor]: Features (N, D), fp32, and labels (N,), on the model's
         device.
 
     Raises:
-        ValueError: ``feature`` or ``block`` is none of these, or there are no labels.
+        ValueError: ``feature`` or ``block`` does not exist, or there are no labels.
     """
     if feature not in FEATURES:
         raise ValueError(f'feature must be one of {FEATURES}, got {feature!r}.')
@@ -46,7 +49,8 @@ def extract_features(model, dataloader, feature='avg_featmap', block=-1):
 
 
 @torch.no_grad()
-def knn_scores(bank, bank_labels, queries, num_classes, k=20, temperature=0.07, chunk=1024):
+def knn_scores(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int, k: int = 20,
+               temperature: float = 0.07, chunk: int = 1024) -> Tensor:
     """Class scores by weighted k-NN: neighbours vote with exp(cosine / temperature), as in DINO.
 
     Args:
@@ -75,8 +79,9 @@ def knn_scores(bank, bank_labels, queries, num_classes, k=20, temperature=0.07, 
     return torch.cat(scores)
 
 
-def knn_accuracy(model, bank_loader, query_loader, feature='avg_featmap', block=-1, k=20,
-                 temperature=0.07, topk=(1, 5)):
+def knn_accuracy(model: BaseModel, bank_loader: DataLoader, query_loader: DataLoader,
+                 feature: str = 'avg_featmap', block: int = -1, k: int = 20,
+                 temperature: float = 0.07, topk: tuple[int, ...] = (1, 5)) -> dict[str, float]:
     """Top-k accuracy in percent of k-NN on frozen features; see the functions above.
 
     Returns:
@@ -91,13 +96,13 @@ def knn_accuracy(model, bank_loader, query_loader, feature='avg_featmap', block=
             for n in topk if n <= num_classes}
 
 
-def linear_scores(bank, bank_labels, queries, num_classes):
-    """Class scores by a linear probe: multinomial logistic regression on fixed features.
+def linear_scores(bank: Tensor, bank_labels: Tensor, queries: Tensor,
+                  num_classes: int) -> Tensor:
+    """Class scores by a linear probe: multinomial logistic regression on frozen features.
 
-    Features are standardised with the bank's mean and standard deviation. The objective
-    is scikit-learn's with C = 1, the sum of cross-entropies plus half the squared
-    weights; L-BFGS starts at zero and takes all features at once, so that there is no
-    learning rate to choose and nothing to draw.
+    Features are standardised with the bank's mean and standard deviation. The objective is
+    scikit-learn's with C = 1: the sum of cross-entropies plus half the squared weights.
+    Full-batch L-BFGS starts at zero, so there is no learning rate and no random draw.
 
     Args:
         bank (Tensor): Features of the labelled images (M, D).

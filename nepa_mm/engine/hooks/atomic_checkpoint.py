@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, whatever happens while they are written."""
+"""Checkpoints that are complete or absent, however writing them ends."""
 import os
 from contextlib import contextmanager
 from copy import copy
@@ -18,29 +18,29 @@ from nepa_mm.utils.signals import STATUS, listen, request, restore, shield_worke
 
 
 class AtomicLocalBackend(LocalBackend):
-    """Local files, written whole, and removed only when :meth:`remove_outdated` is called."""
+    """Local files, written atomically and removed only by :meth:`remove_outdated`."""
 
     def __init__(self):
         self.outdated = []
 
     def put(self, obj, filepath):
-        """Write ``obj`` beside the place, flush it to the disk, and rename it."""
+        """Write to a temporary file, flush it to the disk, and rename it."""
         with atomic_write(filepath, overwrite=True) as temporary:
             temporary.write_bytes(obj)
 
     def remove(self, filepath):
-        """Note that a file is outdated; a newer one is not yet whole."""
+        """Mark a file as outdated; keep it until the newer one is complete."""
         self.outdated.append(filepath)
 
     def remove_outdated(self):
-        """Remove what was noted, if it is files."""
+        """Remove the outdated files."""
         while self.outdated:
             path = Path(self.outdated.pop())
             if path.is_file():
                 path.unlink(missing_ok=True)
 
     def rmtree(self, dir_path):
-        """Keep a folder: a checkpoint is none."""
+        """Never remove a folder: no checkpoint is one."""
 
 
 register_backend('atomic', AtomicLocalBackend)
@@ -48,29 +48,28 @@ register_backend('atomic', AtomicLocalBackend)
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, which never leaves a run without a checkpoint to resume.
+    """mmengine's CheckpointHook with atomic writes, safe resume and SIGTERM handling.
 
-    - A file is written beside its place, flushed to the disk and renamed; the one that it
-      makes superfluous, also the previous best, goes only then, and ``last_checkpoint``
-      follows. A failed write leaves nothing behind, neither on the disk nor in the run.
-    - A run that resumes takes the newest whole checkpoint of its ``work_dir`` and warns
-      about newer ones that are not. What it resumes is read as tensors and plain values
-      only, never as a pickle that could execute something.
-    - SIGTERM (Slurm, spot instances) ends the run after the update at hand, among several
-      processes one or two updates later (they have to agree), with ``interrupted.pth``
-      to resume from, and the exit status 143. Workers of data loaders ignore it. The
-      validation in which it came is repeated by the run that resumes.
+    - Writes are atomic: temporary file, flush, rename. The outdated checkpoint, or the
+      previous best, is removed afterwards, then ``last_checkpoint`` is updated. A failed
+      write changes nothing on the disk or in the run.
+    - A resumed run takes the latest intact checkpoint of its ``work_dir`` and warns about
+      later ones that are damaged. Reading never executes a pickle.
+    - SIGTERM (Slurm, Kubernetes, spot instances) ends the run after the current update, or
+      one or two updates later with several processes, which have to agree. The run writes
+      ``interrupted.pth`` and exits with status 143. Data-loader workers ignore SIGTERM. The
+      resumed run repeats a validation that was interrupted.
 
     Args:
-        on_write_error (str): 'warn' lets the run go on without that checkpoint, and try
-            again at the next interval; 'raise' ends it. Defaults to 'warn'.
+        on_write_error (str): 'warn' continues without that checkpoint and tries again at
+            the next interval; 'raise' ends the run. Defaults to 'warn'.
         **kwargs: Arguments of :class:`mmengine.hooks.CheckpointHook`; files must be local.
 
     Raises:
-        ValueError: ``on_write_error`` is something else, or files would not be local.
+        ValueError: ``on_write_error`` is unknown, or files would not be local.
     """
 
-    def __init__(self, on_write_error='warn', **kwargs):
+    def __init__(self, on_write_error: str = 'warn', **kwargs):
         if on_write_error not in ('warn', 'raise'):
             raise ValueError(f"on_write_error must be 'warn' or 'raise', got {on_write_error!r}.")
         remote = (kwargs.get('backend_args') or kwargs.get('file_client_args')
@@ -83,7 +82,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self.listening = self.validating = False
 
     def before_run(self, runner):
-        """Take the folder for this run alone, and choose what to resume, before that is read."""
+        """Lock the folder, and choose the checkpoint to resume before the Runner reads it."""
         if not isinstance(runner._train_loop, BaseLoop):
             return
         survive_full_disk(runner.visualizer, runner.logger)
@@ -104,14 +103,14 @@ class AtomicCheckpointHook(CheckpointHook):
         for problem in problems:
             runner.logger.warning(f'Not resumed: {problem}')
         if file is None:
-            runner.logger.info('No whole checkpoint to resume: starting anew.')
+            runner.logger.info('No checkpoint to resume: starting anew.')
             runner._resume = False
         else:
-            runner.logger.info(f'The newest whole checkpoint is {file}.')
+            runner.logger.info(f'Resuming from {file}, the latest intact checkpoint.')
             runner._load_from = file
 
     def _take(self, folder, auto, needed):
-        """Lock a folder and clean it up: (why it is refused, what to resume, what is damaged)."""
+        """Lock a folder and clean it up: (refusal or None, file to resume, problems)."""
         self.lock = lock_folder(folder)
         if self.lock is None:
             return (f'Another run writes into {folder}; wait for its end, or give another '
@@ -122,12 +121,12 @@ class AtomicCheckpointHook(CheckpointHook):
         return (None, *(find_resumable_checkpoint(folder, needed) if auto else (None, [])))
 
     def after_load_checkpoint(self, runner, checkpoint):
-        """Learn whether the run was interrupted in a validation."""
+        """Read whether a validation was interrupted."""
         self.validating = runner._resume and checkpoint['meta'].get('validating', False)
 
     def before_train(self, runner):
-        """Listen to SIGTERM, and repeat the validation that it interrupted."""
-        _leave_names(runner.message_hub.runtime_info)
+        """Listen to SIGTERM; repeat a validation that it interrupted."""
+        _keep_file_names(runner.message_hub.runtime_info)
         super().before_train(runner)
         if self.save_best is not None and len(self.key_indicators) == 1:
             self.best_ckpt_path = self._own(self.best_ckpt_path)
@@ -151,8 +150,8 @@ class AtomicCheckpointHook(CheckpointHook):
         return name and os.path.join(self.out_dir, name)
 
     def before_save_checkpoint(self, runner, checkpoint):
-        """Save names of files, for the folder of a run may be moved or copied."""
-        _leave_names(checkpoint['message_hub']['runtime_info'])
+        """Save file names without folders: a work directory may be moved or copied."""
+        _keep_file_names(checkpoint['message_hub']['runtime_info'])
 
     def _step(self, runner):
         return runner.epoch if self.by_epoch else runner.iter
@@ -165,26 +164,26 @@ class AtomicCheckpointHook(CheckpointHook):
         self.listening = False
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Save if it is time to; if SIGTERM came, save and exit."""
+        """Save at the interval; save and exit after SIGTERM."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         if runner.optim_wrapper.should_update() and (
                 request.agreed if self.guarded and dist.get_world_size() > 1
-                else self._somebody_is_terminated()):
+                else self._any_process_terminated()):
             self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter + 1,
                                 validating=_validation_follows(runner))
 
     def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """If SIGTERM came in a validation of a training, save and exit."""
+        """Save and exit after SIGTERM in a validation of a training run."""
         if not self.listening:
             return
         loader = runner.val_loop.dataloader
         common = len(loader.dataset) // dist.get_world_size() // (loader.batch_size or 1)
-        # processes may have one batch more than others
-        if batch_idx < common and self._somebody_is_terminated():
+        # only batches that all processes have
+        if batch_idx < common and self._any_process_terminated():
             self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter, validating=True)
 
     @staticmethod
-    def _somebody_is_terminated():
+    def _any_process_terminated():
         if dist.get_world_size() == 1:
             return request.received
         terminated = torch.tensor(int(request.received), device=dist.get_comm_device())
@@ -229,7 +228,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     @contextmanager
     def _all_or_nothing(self, runner):
-        """Remove what is outdated if all was written; else forget that writing was tried."""
+        """Remove outdated files after a complete write; roll back after a failed one."""
         own = {name: copy(value) for name, value in vars(self).items()
                if name != 'file_backend'}
         info = dict(runner.message_hub.runtime_info)
@@ -254,10 +253,11 @@ class AtomicCheckpointHook(CheckpointHook):
             self.writing = outer
 
 
-def _leave_names(info):
-    """Of what a checkpoint says about files leave names of checkpoints, and numbers.
+def _keep_file_names(info):
+    """Reduce the paths of a checkpoint's ``runtime_info`` to valid file names and numbers.
 
-    It may come from another folder, or from a stranger, and these files will be removed.
+    The run will remove these files, and the checkpoint may come from another folder or from
+    an untrusted source.
     """
     for key, value in list(info.items()):
         if key == 'last_ckpt' or key.startswith('best_ckpt'):
@@ -271,7 +271,7 @@ def _leave_names(info):
 
 
 def _validation_follows(runner):
-    """Whether a loop that counts iterations validates after this one, which a resume goes past."""
+    """Whether an iteration-based loop validates after this iteration; a resume would skip it."""
     loop, done = runner.train_loop, runner.iter + 1
     return (isinstance(loop, IterBasedTrainLoop) and runner.val_loop is not None
             and done >= loop.val_begin

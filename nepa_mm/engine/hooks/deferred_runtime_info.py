@@ -1,26 +1,26 @@
-"""Logged scalars that stay on their device until somebody looks, in bounded memory."""
+"""Logged scalars that stay on the device until they are read, in bounded memory."""
 import numpy as np
 import torch
 from mmengine.hooks import RuntimeInfoHook
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.registry import HOOKS
 
 
 class DeferredHistory(HistoryBuffer):
-    """mmengine's history of one logged scalar, at a cost that does not grow with the run.
+    """mmengine's HistoryBuffer at constant cost per update, without host syncs.
 
-    mmengine copies the whole history at every update, and reads every value from the GPU as
-    it comes, for which the host waits until the GPU has nothing more to do. Here an update
-    only keeps the value, and whoever asks for a statistic has all new values read at once. A
-    copy, hence what a checkpoint holds, is mmengine's own class.
+    mmengine copies the complete history at every update and reads every value from the GPU at
+    once, a host sync each. Here an update appends the value; the first statistic that is asked
+    for reads all new values in one copy. Copies and pickles, and therefore checkpoints, are
+    mmengine's own class.
 
     Args:
-        history (HistoryBuffer): What was logged so far.
-        max_length (int): How many values are kept, at least as many as the largest window
-            of a statistic.
+        history (HistoryBuffer): Values logged so far.
+        max_length (int): How many values to keep; at least the largest window of a
+            statistic.
     """
 
-    def __init__(self, history, max_length):
+    def __init__(self, history: HistoryBuffer, max_length: int):
         self.new = []
         super().__init__(*(values[-max_length:] for values in history.data),
                          max_length=max_length)
@@ -32,7 +32,7 @@ class DeferredHistory(HistoryBuffer):
             self._read()
 
     def current(self):
-        """The latest value; mmengine's timer asks for one in every iteration."""
+        """The latest value. mmengine's timer reads one per iteration: numbers need no sync."""
         if self.new and not torch.is_tensor(self.new[-1][0]):
             return self.new[-1][0]
         return super().current()
@@ -47,7 +47,7 @@ class DeferredHistory(HistoryBuffer):
         self._values = np.append(self._values, values)[-self.max_length:]
         self._counts = np.append(self._counts, counts)[-self.max_length:]
 
-    # the two arrays from which the parent class computes
+    # the parent class computes its statistics from these two arrays
 
     @property
     def _log_history(self):
@@ -71,8 +71,8 @@ class DeferredHistory(HistoryBuffer):
         return HistoryBuffer, self.data
 
 
-def log_scalar(message_hub, key, value):
-    """``message_hub.update_scalar`` that reads no tensor where the history is a deferred one."""
+def log_scalar(message_hub: MessageHub, key: str, value: float | torch.Tensor) -> None:
+    """``message_hub.update_scalar`` without a sync, if the history is a DeferredHistory."""
     history = message_hub.log_scalars.get(key)
     if isinstance(history, DeferredHistory):
         history.update(value)
@@ -82,30 +82,29 @@ def log_scalar(message_hub, key, value):
 
 @HOOKS.register_module()
 class DeferredRuntimeInfoHook(RuntimeInfoHook):
-    """mmengine's RuntimeInfoHook, which logs losses, without a wait in every iteration.
+    """mmengine's RuntimeInfoHook, which logs losses, without a host sync per iteration.
 
-    Every history of the message hub becomes a :class:`DeferredHistory`:
-    losses and, with :class:`~nepa_mm.engine.BF16OptimWrapper`, the gradient norm are read
-    from the device when they are printed or saved, and a history keeps only its latest
-    values. What is printed is the same.
+    Every history of the message hub becomes a :class:`DeferredHistory`. Losses, and the
+    gradient norm of :class:`~nepa_mm.engine.BF16OptimWrapper`, are read from the device when
+    they are printed or saved. A history keeps its latest values only. The log is the same.
 
-    Use it in place of mmengine's: ``default_hooks=dict(runtime_info=dict(type=...))``.
+    Replaces mmengine's hook: ``default_hooks=dict(runtime_info=dict(type=...))``.
 
     Args:
         max_length (int): How many values a history keeps. Defaults to 10000.
 
     Raises:
-        ValueError: ``max_length`` is not positive, or a window of the log processor is
-            longer.
+        ValueError: ``max_length`` is not positive or shorter than a window of the log
+            processor.
     """
 
-    def __init__(self, max_length=10000):
+    def __init__(self, max_length: int = 10000):
         if max_length < 1:
             raise ValueError(f'max_length must be positive, got {max_length}.')
         self.max_length = max_length
 
     def before_train(self, runner):
-        """Check what the log will ask for, and take over the histories of a resumed run."""
+        """Check the windows of the log, and convert the histories of a resumed run."""
         super().before_train(runner)
         processor, epoch = runner.log_processor, len(runner.train_dataloader)
         for window in [processor.window_size] + [
@@ -118,7 +117,7 @@ class DeferredRuntimeInfoHook(RuntimeInfoHook):
         self._defer(runner.message_hub)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Keep the losses, unread."""
+        """Append the losses without reading them."""
         for key, value in (outputs or {}).items():
             log_scalar(runner.message_hub, f'train/{key}', value)
         self._defer(runner.message_hub)

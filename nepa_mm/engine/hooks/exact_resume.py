@@ -1,5 +1,6 @@
-"""A resumed run is the uninterrupted one: its samples, random numbers and learning rates."""
+"""Exact resume: samples, random numbers and learning rates of the uninterrupted run."""
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -8,55 +9,51 @@ from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from nepa_mm.datasets.samplers import BatchIterator, ResumableSampler, SeededSamples
 from nepa_mm.utils.random_state import derive_seed
 
 
-def run_seed(runner):
-    """The seed that all processes share; mmengine adds the rank for ``diff_rank_seed``."""
+def run_seed(runner: Runner) -> int:
+    """The seed shared by all processes, without the rank that ``diff_rank_seed`` adds."""
     return runner.seed - dist.get_rank() * bool(runner._randomness_cfg.get('diff_rank_seed'))
 
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """The samples, random numbers and schedule of an uninterrupted run, in both kinds of loop.
+    """Resume exactly, in epoch-based and iteration-based loops.
 
-    What random generators would have to remember is derived instead, so checkpoints need
-    not hold it and nothing depends on the number of workers:
+    Random states are derived, not saved, so nothing depends on the number of workers:
 
-    - A run counts samples. One that is resumed goes on with the next sample: none is lost or seen
-      twice, also by another number of processes or another batch size; where what was seen makes
-      no whole iterations of theirs, fewer samples than an iteration has are seen again.
-    - The augmentations of a sample are drawn from (seed, pass over the data, sample), whatever
-      wraps the data set.
-    - Before an iteration every process seeds its generators from (seed, pass, place of its first
-      sample); what the network draws (RoPE rescale, drop path, the order of a mask) comes from
-      there.
-    - Schedules are those of the config, at the place of the run: iterations of another size, a run
-      of another length, and other learning rates count from the resume on. So do the other settings
-      of the optimizer. Schedulers that follow a metric keep mmengine's rule: the checkpoint's
-      state goes on.
+    - The run counts samples. A resumed run continues with the next sample. No sample is lost or
+      repeated, also with another number of processes or another batch size. If the samples
+      seen are not a multiple of the new iteration, less than one iteration is repeated.
+    - Augmentations of a sample are seeded by (seed, pass over the data, sample index), below
+      any wrapper of the data set.
+    - Before each iteration every process seeds its generators by (seed, pass, position of its
+      first sample). The network's draws (RoPE rescale, drop path, masks) come from there.
+    - Schedules and optimizer settings follow the config, at the progress of the run. Another
+      iteration size, length or learning rate counts from the resume on. Schedulers that
+      follow a metric continue the checkpoint's state, as in mmengine.
 
-    On the CPU a resumed run is thereby the uninterrupted one bit for bit, provided that it was
-    saved after an update: gradients of an unfinished accumulation are lost. Another number of
-    processes adds numbers in another order, and mmengine's own schedulers count micro-steps where
-    gradients accumulate.
+    On the CPU, a run saved after an update resumes bit for bit; gradients of an unfinished
+    accumulation are lost. Another number of processes adds numbers in another order. mmengine's
+    own schedulers count micro-steps where gradients accumulate.
 
-    ``checkpoint['meta']['run']`` records, as integers, ``seed``, ``num_samples`` of the data,
-    ``batch_size``, ``num_processes``, ``accumulative_counts``, ``epoch_length`` in iterations, the
-    ``passes`` over the data that are done, ``position`` in samples within the present one, and
-    ``seen``, all samples so far.
+    ``checkpoint['meta']['run']`` records integers: ``seed``, ``num_samples`` of the data set,
+    ``batch_size``, ``num_processes``, ``accumulative_counts``, ``epoch_length`` in iterations,
+    ``passes`` over the data completed, ``position`` in samples within the current pass, and
+    ``seen``, the total of samples.
 
     Raises:
-        ValueError: An iteration-based run was longer than the config's when it was saved, counted
-            in samples.
+        ValueError: The checkpoint of an iteration-based run has seen more samples than the
+            config's run has.
     """
 
     priority = 'VERY_HIGH'
-    passes = position = 0   # whole passes over the data, samples of all processes since then
-    settings = None         # of the optimizer's groups, where a resumed run follows the config
+    passes = position = 0   # completed passes, and samples of all processes in the current one
+    settings = None         # of the optimizer's groups, if a resumed run follows the config
 
     @staticmethod
     def _samples(runner):
@@ -83,13 +80,13 @@ class ExactResumeHook(Hook):
                                       else min(self.position, num)))
 
     def before_save_checkpoint(self, runner, checkpoint):
-        """Note where the run is, for iterations may come to be of another size."""
+        """Record the progress in samples; the size of an iteration may change."""
         checkpoint['meta']['run'] = self._record(runner)
 
     # ------------------------------------------------------------------ resume
 
     def after_load_checkpoint(self, runner, checkpoint):
-        """Take the place of a checkpoint to resume, and the schedule of the config."""
+        """Take the progress from the checkpoint, and the schedule from the config."""
         loop = runner._train_loop
         if not (runner._resume and isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop))):
             return
@@ -97,7 +94,7 @@ class ExactResumeHook(Hook):
         old = meta.get('run')
         if old:
             self.passes, self.position = old['passes'], old['position']
-        else:       # of a run without this hook: by its iterations
+        else:       # saved without this hook: count iterations
             endless = self._sampler(runner).endless
             self.passes = 0 if endless else meta['iter'] // length
             self.position = (meta['iter'] - self.passes * length) * samples
@@ -111,7 +108,7 @@ class ExactResumeHook(Hook):
             checkpoint.pop('param_schedulers', None)
 
     def before_train(self, runner):
-        """Go to the place of the run, in data and schedule."""
+        """Move data and schedule to the progress of the run."""
         loop, sampler = runner.train_loop, self._sampler(runner)
         if hasattr(sampler.sampler, 'seed') and 'seed' not in (
                 runner.cfg.get('train_dataloader', {}).get('sampler') or {}):
@@ -119,26 +116,26 @@ class ExactResumeHook(Hook):
         dataset = loop.dataloader.dataset
         sampler.bare = not hasattr(dataset, '__dict__')
         if sampler.bare:
-            runner.logger.warning(f'A {type(dataset).__name__} as data set takes no attribute, so '
-                                  'what its samples draw is not repeated after a resume.')
+            runner.logger.warning(f'A {type(dataset).__name__} has no attributes, so the draws '
+                                  'of its samples are not repeated after a resume.')
         else:
             dataset.__getitems__ = SeededSamples(dataset, run_seed(runner))
         if isinstance(loop, IterBasedTrainLoop):
             asks = not hasattr(loop.dataloader_iterator, 'skip_iter')   # mmengine before 0.10.8
-            loop.dataloader._iterator = None    # and its workers start before all hooks
+            loop.dataloader._iterator = None    # its workers started before all hooks
             loop.dataloader_iterator = BatchIterator(
                 loop.dataloader, self.passes, loop.iter if asks else 0)
-            self._go_to_place(runner)
+            self._skip_seen(runner)
         if self.settings:
             self._follow_config(runner)
 
     def _follow_config(self, runner):
-        """Take settings and schedules from the config, up to the iteration at hand."""
+        """Replay the config's settings and schedules up to the current iteration."""
         saved = settings_of(runner)
         for group, settings in zip(runner.optim_wrapper.param_groups, self.settings):
             group.update(settings)
         self.settings = None
-        runner.optim_wrapper._global_step = runner.iter     # silences a warning about the order
+        runner.optim_wrapper._global_step = runner.iter     # avoids torch's warning
         schedulers, length = runner.param_schedulers or [], len(runner.train_loop.dataloader)
         by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
         for i in range(1, min(runner.iter, runner.max_iters) + 1):
@@ -154,8 +151,8 @@ class ExactResumeHook(Hook):
                 'checkpoint: ' + ', '.join(f'{key} is {new} and was {old}'
                                            for key, (old, new) in changed.items()) + '.')
 
-    def _go_to_place(self, runner):
-        """Let the sampler begin where the run is."""
+    def _skip_seen(self, runner):
+        """Let the sampler skip what this pass has seen."""
         batches, samples = runner.train_loop.dataloader.batch_sampler, self._samples(runner)
         done = min(self.position // samples, runner.max_iters)
         self.position = done * samples
@@ -166,9 +163,9 @@ class ExactResumeHook(Hook):
     # ------------------------------------------------------------------ training
 
     def before_train_epoch(self, runner):
-        """Skip what this epoch has seen already."""
+        """Skip what this epoch has seen."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            self._go_to_place(runner)
+            self._skip_seen(runner)
             self._sampler(runner).set_epoch(runner.epoch)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
@@ -176,7 +173,7 @@ class ExactResumeHook(Hook):
         seed = derive_seed(run_seed(runner), self.passes, self.position + dist.get_rank())
         random.seed(seed)
         np.random.seed(seed)
-        # torch.manual_seed takes a traceback for every kind of device that is not there
+        # torch.manual_seed is slow: it records a traceback for every absent kind of device
         torch.default_generator.manual_seed(seed)
         if get_device() == 'cuda':
             torch.cuda.manual_seed(seed)
@@ -184,41 +181,40 @@ class ExactResumeHook(Hook):
             torch.manual_seed(seed)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Count."""
+        """Count the samples of all processes."""
         self.position += self._samples(runner)
-        whole = self.position // self._samples(runner) >= len(runner.train_loop.dataloader)
-        if isinstance(runner.train_loop, IterBasedTrainLoop) and whole and not (
+        complete = self.position // self._samples(runner) >= len(runner.train_loop.dataloader)
+        if isinstance(runner.train_loop, IterBasedTrainLoop) and complete and not (
                 self._sampler(runner).endless):
             self.passes, self.position = self.passes + 1, 0
 
     def after_train_epoch(self, runner):
-        """The next epoch is a whole one."""
+        """Start a new pass."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             self.passes, self.position = runner.epoch + 1, 0
 
 
-def settings_of(runner):
-    """Learning rate, weight decay and the like of each group of the optimizer."""
+def settings_of(runner: Runner) -> list[dict]:
+    """The settings of each parameter group: learning rate, weight decay and so on."""
     return [{key: value for key, value in group.items() if key != 'params'}
             for group in runner.optim_wrapper.param_groups]
 
 
-def differences_of_runs(old, new, runner, iteration):
-    """Sentences about what differs between a run and the one that it goes on with.
+def differences_of_runs(old: dict, new: dict, runner: Runner, iteration: int) -> Iterator[str]:
+    """Yield one sentence for each difference between the resumed run and the checkpoint's.
 
     Args:
-        old, new (dict): ``meta['run']`` of the checkpoint, and of this run; an empty ``old`` says
-            nothing.
+        old, new (dict): ``meta['run']`` of the checkpoint, empty if it has none, and of this run.
         runner (Runner): This run.
-        iteration (int): How many of its iterations are done.
+        iteration (int): Completed iterations of this run.
 
     Raises:
-        ValueError: More is done than the run is long.
+        ValueError: The checkpoint is further than the end of this run.
     """
     if not old:
         return
     if old['seed'] != new['seed']:
-        yield (f'The seed {old["seed"]} of the checkpoint goes on, not the '
+        yield (f'The seed {old["seed"]} of the checkpoint is used, not the '
                f'{new["seed"]} of this run.')
     if old['num_samples'] != new['num_samples']:
         within = ', and within this epoch some are left out or seen twice' * bool(new['position'])

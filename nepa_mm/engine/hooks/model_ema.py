@@ -1,4 +1,4 @@
-"""The moving average of the weights, evaluated and saved beside the raw ones."""
+"""EMA weights, evaluated and saved beside the raw weights."""
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from nepa_mm.engine.fsdp_runner import is_sharded
 
 @contextmanager
 def _figures_only(evaluator):
-    """An evaluator that writes no predictions: the average's are written already."""
+    """An evaluator that writes no predictions: those of the EMA weights are on disk already."""
     metrics, folders = evaluator.metrics, {}
     evaluator.metrics = [metric for metric in metrics if not isinstance(metric, DumpResults)]
     for metric in evaluator.metrics:
@@ -32,79 +32,77 @@ def _figures_only(evaluator):
 
 @HOOKS.register_module()
 class ModelEMAHook(EMAHook):
-    """mmpretrain's EMAHook, for classification and segmentation, that says which is which.
+    """mmpretrain's EMAHook for classification and segmentation, with labelled sets of weights.
 
-    - The average moves with an optimizer update, not with a micro-step.
-    - Metrics keep their names for what ``state_dict`` of a checkpoint will hold, the
-      average (``accuracy/top1``, so ``save_best`` keeps the best average). With both
-      evaluations on, those of the raw weights follow as ``accuracy/top1_raw``, in the
-      log and in what ``runner.val()`` returns. Saved predictions and pictures are those
-      of the average alone.
-    - ``checkpoint['meta']['weights']`` is ``dict(state_dict='ema', ema_state_dict='raw')``:
-      mmengine stores the average where a plain loader looks first.
-    - An interrupted validation, which leaves the average inside the model, neither
-      mixes up the two sets nor mislabels a checkpoint, and a second call to the Runner
-      (``train()``, then ``test()``) does not forget the average.
+    - EMA weights are updated per optimizer update, not per micro-step.
+    - Metrics of the EMA weights keep their names (``accuracy/top1``), so ``save_best`` keeps
+      the best EMA weights. If both sets are evaluated, metrics of the raw weights end in
+      ``_raw``, in the log and in the result of ``runner.val()``. Predictions and figures are
+      saved for the EMA weights only.
+    - mmengine stores the EMA weights as ``state_dict``. ``checkpoint['meta']['weights']``
+      records that: ``dict(state_dict='ema', ema_state_dict='raw')``.
+    - An interrupted validation leaves the EMA weights inside the model. It neither mixes up
+      the two sets nor mislabels a checkpoint.
+    - A second call to the Runner (``train()``, then ``test()``) keeps the EMA weights.
 
     Args:
         ema_type (str): Registered averaged model. Defaults to 'MultiTensorEMA'.
-        evaluate_on_ema (bool): Whether to evaluate the average. Defaults to True.
-        evaluate_on_origin (bool): Whether to evaluate the raw weights. Defaults to
-            False.
+        evaluate_on_ema (bool): Whether to evaluate the EMA weights. Defaults to True.
+        evaluate_on_origin (bool): Whether to evaluate the raw weights. Defaults to False.
         **kwargs: ``strict_load``, ``begin_iter`` and ``begin_epoch`` of the parent class,
-            and the arguments of ``ema_type``, such as ``momentum``.
+            and arguments of ``ema_type`` such as ``momentum``.
 
     Raises:
         ValueError: ``begin_iter``, ``begin_epoch``, ``update_buffers`` or ``device`` is set
-            in a sharded run, see :class:`nepa_mm.engine.FSDPRunner`.
+            in a sharded run (:class:`nepa_mm.engine.FSDPRunner`).
     """
 
     ema_in_model = False
 
-    def __init__(self, ema_type='MultiTensorEMA', **kwargs):
+    def __init__(self, ema_type: str = 'MultiTensorEMA', **kwargs):
         super().__init__(ema_type=ema_type, **kwargs)
 
     def _place_ema(self, in_model):
-        """Swap the average into the model, or out of it, unless it is there already."""
+        """Swap the EMA weights into the model or out of it, unless they are there already."""
         if in_model != self.ema_in_model:
             self._swap_ema_parameters()
             self.ema_in_model = in_model
 
     def before_run(self, runner):
-        """Create the average, once per model, though every call to the Runner comes here."""
+        """Create the EMA weights once per model; every call to the Runner runs this hook."""
         self._place_ema(False)
-        model = unwrapped(runner.model)     # mmengine averages test-time augmentation, too
+        model = unwrapped(runner.model)     # without the wrapper of test-time augmentation
         if is_sharded(model):
-            # they go through state dicts, which are gathered copies of the slices, or move slices
+            # these use state dicts, which are gathered copies of the shards, or move shards
             odd = [name for name in ('update_buffers', 'device') if self.ema_cfg.get(name)]
             odd += [name for name in ('begin_iter', 'begin_epoch') if getattr(self, name)]
             if odd:
-                raise ValueError(f'With FSDPRunner {type(self).__name__} averages the slices from '
-                                 f'the first update on: leave out {", ".join(odd)}.')
+                raise ValueError(f'With FSDPRunner {type(self).__name__} averages the shards from '
+                                 f'the first update on: remove {", ".join(odd)}.')
         if getattr(self, 'src_model', None) is not model:
             self.src_model = model
             self.ema_model = MODELS.build(self.ema_cfg, default_args=dict(model=model))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Update the average if this iteration updated the parameters."""
+        """Update the EMA weights if this iteration updated the parameters."""
         if runner.optim_wrapper.should_update():
             super().after_train_iter(runner, batch_idx, data_batch, outputs)
 
     def before_val_epoch(self, runner):
-        """Put the weights to validate into the model."""
+        """Put the weights for validation into the model."""
         self._before_evaluation()
 
     def before_test_epoch(self, runner):
-        """Put the weights to test into the model."""
+        """Put the weights for the test into the model."""
         self._before_evaluation()
 
     def after_val_epoch(self, runner, metrics=None):
-        """Put the raw weights back, and validate them too if asked."""
+        """Restore the raw weights; validate them if ``evaluate_on_origin``."""
         raw = self._after_evaluation(runner, runner.val_loop, metrics)
         RuntimeInfoHook().after_val_epoch(runner, raw)
 
     def after_test_epoch(self, runner, metrics=None):
-        """Put the raw weights back, and test them too if asked."""
+        """Restore the raw weights; test them if ``evaluate_on_origin``."""
         raw = self._after_evaluation(runner, runner.test_loop, metrics)
         RuntimeInfoHook().after_test_epoch(runner, raw)
 
@@ -121,7 +119,7 @@ class ModelEMAHook(EMAHook):
         print_log('Evaluating the raw weights: names end in _raw.', logger='current')
         step = runner.model.val_step if loop is runner.val_loop else runner.model.test_step
         with _figures_only(loop.evaluator) as evaluator, torch.no_grad():
-            for data_batch in loop.dataloader:      # without the hooks, which would draw again
+            for data_batch in loop.dataloader:      # without hooks, which would draw figures again
                 with autocast(enabled=loop.fp16):
                     outputs = step(data_batch)
                 evaluator.process(data_samples=outputs, data_batch=data_batch)
@@ -131,7 +129,7 @@ class ModelEMAHook(EMAHook):
         return raw
 
     def before_save_checkpoint(self, runner, checkpoint):
-        """Store both sets, the average as ``state_dict``, and name them in the meta."""
+        """Store both sets, the EMA weights as ``state_dict``, and label them in the meta."""
         checkpoint['ema_state_dict'] = weights_to_cpu(self.ema_model.state_dict())
         if not self.ema_in_model:
             self._swap_ema_state_dict(checkpoint)

@@ -1,4 +1,4 @@
-"""No optimizer step with a loss or a gradient that is not finite."""
+"""Skips optimizer steps whose loss or gradient is not finite."""
 from collections import deque
 from functools import wraps
 from math import isfinite
@@ -19,53 +19,55 @@ WINDOW = 100
 
 @HOOKS.register_module()
 class NonFiniteGuardHook(Hook):
-    """Leave out a step whose loss or gradient is NaN or infinite, say where it was, and stop.
+    """Skip a step whose loss or gradient is NaN or infinite, name its batch, and stop the run.
 
-    Weights and the optimizer's state stay as they were before that step; no other step and no
-    checkpoint follows. A norm of the gradient above ``spike`` times the median of the last 100
-    steps is logged once for as long as it lasts.
+    Weights and optimizer state keep their values from before that step. No further step and no
+    checkpoint follows, unless ``max_skipped`` allows it. A gradient norm above ``spike`` times
+    the median of the last 100 steps is logged once per spike.
 
-    Fused Adam and AdamW leave out a step on the device, so the host does not wait: it learns
-    what happened one update later, or before a checkpoint, a validation or the end of the epoch.
-    The norm is that of clipping, or one over all gradients where nothing is clipped.
+    Two ways to skip:
 
-    Other optimizers, and clipping by value or by mmengine's OptimWrapper, which waits itself,
-    have that norm measured and the host wait for it before each step. AmpOptimWrapper is left
-    alone: its loss scaler makes and skips infinite gradients on purpose.
+    - Fused Adam and AdamW skip on the device, without a host sync. The host reads the result
+      one update later, or before a checkpoint, a validation or the end of the epoch. The norm
+      comes from clipping, or from all gradients if nothing is clipped.
+    - Other optimizers, clipping by value, and mmengine's OptimWrapper (which syncs anyway):
+      the host reads the norm before each step.
 
-    Whether a process got SIGTERM goes with what the processes tell one another of each step, for
-    AtomicCheckpointHook.
+    AmpOptimWrapper is not guarded: its loss scaler produces and skips infinite gradients on
+    purpose.
 
-    A step left out counts for the schedule, and for the moving average, which goes once more
-    towards weights that stayed where they were: with momentum 1e-4 by 1e-4 of their distance.
-    Its norm is logged as it is.
+    The all-reduce of each step also tells all processes whether one of them received SIGTERM,
+    for AtomicCheckpointHook.
+
+    A skipped step counts for the schedule and for the EMA weights, which move once more
+    towards unchanged weights (by 1e-4 of the distance with momentum 1e-4). Its norm is logged.
 
     Args:
-        max_skipped (int): How many such steps a run may leave out before it stops.
-            Defaults to 0: the first one ends it.
+        max_skipped (int): Steps that a run may skip before it stops. Defaults to 0: the
+            first one stops it.
         spike (float): Factor over the median. Defaults to 10.
 
     Raises:
-        ValueError: A setting is out of range.
-        FloatingPointError: One more step than ``max_skipped`` was not finite.
+        ValueError: An argument is out of range.
+        FloatingPointError: More than ``max_skipped`` steps were not finite.
     """
 
-    def __init__(self, max_skipped=0, spike=10.):
+    def __init__(self, max_skipped: int = 0, spike: float = 10.):
         if max_skipped < 0 or spike <= 1:
             raise ValueError('max_skipped must not be negative and spike must be above 1, got '
                              f'{max_skipped} and {spike}.')
         self.max_skipped, self.spike = max_skipped, spike
         self.replaced, self.handle = [], None
-        self.pending = None     # what _measure noted and _look has not seen yet
+        self.pending = None     # what _measure recorded and _inspect has not read yet
 
     @property
-    def watching(self):
-        """bool: Whether it stands between the loss and the optimizer."""
+    def watching(self) -> bool:
+        """Whether the guard wraps loss and optimizer."""
         return bool(self.replaced)
 
     def before_train(self, runner):
-        """Stand between the loss and the optimizer, and before checkpoints."""
-        self._let_go(runner)
+        """Wrap the backward pass, the optimizer step and checkpoints."""
+        self._unwrap(runner)
         self.skipped, self.norms, self.spiking = 0, deque(maxlen=WINDOW), False
         self.samples = []       # of this iteration
         self.losses = []        # of this update: samples and loss of each micro-step
@@ -79,18 +81,18 @@ class NonFiniteGuardHook(Hook):
             self.losses.append((self.samples, loss.detach()))
             backward(loss, **kwargs)
 
-        @wraps(step)    # mmengine's schedulers look for a mark that theirs has
+        @wraps(step)    # keeps the attribute that mmengine's schedulers check
         def checked_step(**kwargs):
             self._measure(runner)
-            if self._look(runner):
+            if self._inspect(runner):
                 step(**kwargs)
 
         def before_step(optimizer, args, kwargs):
-            self._look(runner)
+            self._inspect(runner)
             optimizer.found_inf = self._measure(runner, wrapper.clip_grad_kwargs)
 
-        def checked_save(*args, **kwargs):      # before_save_checkpoint has the first rank only
-            self._look(runner)
+        def checked_save(*args, **kwargs):      # before_save_checkpoint runs on rank 0 only
+            self._inspect(runner)
             save(*args, **kwargs)
 
         self._replace(wrapper, 'backward', watched_backward)
@@ -104,8 +106,8 @@ class NonFiniteGuardHook(Hook):
         self.replaced.append((owner, name, getattr(owner, name)))
         setattr(owner, name, function)
 
-    def _let_go(self, runner):
-        """Leave optimizer and Runner as they were."""
+    def _unwrap(self, runner):
+        """Unwrap optimizer and Runner."""
         while self.replaced:
             setattr(*self.replaced.pop())
         if self.handle is not None:
@@ -119,22 +121,23 @@ class NonFiniteGuardHook(Hook):
         self.samples = samples if isinstance(samples, list) else []
 
     def after_train_epoch(self, runner):
-        """Look at the last step before others build on it."""
-        self._look(runner)
+        """Inspect the last step of the epoch."""
+        self._inspect(runner)
 
     def before_val(self, runner):
-        """Look at the last step, in loops that count iterations, too."""
-        self._look(runner)
+        """Inspect the last step before a validation of an iteration-based loop."""
+        self._inspect(runner)
 
     def after_train(self, runner):
-        """Look at the last step, and leave optimizer and Runner as they were."""
-        self._look(runner)
-        self._let_go(runner)
+        """Inspect the last step and unwrap everything."""
+        self._inspect(runner)
+        self._unwrap(runner)
 
     def _measure(self, runner, clipped=False):
-        """Note norm and losses of this update; 1 where one of any process is not finite, else 0.
+        """Record norm and losses of this update; return 1 if any process has a bad one, else 0.
 
-        The result is on the device, and what is noted on its way to the host.
+        The result stays on the device. The recorded values are copied to the host without
+        a sync.
         """
         wrapper, seen, self.losses = runner.optim_wrapper, self.losses, []
         norm = wrapper.grad_norm if clipped else None
@@ -143,26 +146,26 @@ class NonFiniteGuardHook(Hook):
                               for value in (norm, *(loss for _, loss in seen))])
         bad = (~values.isfinite()).any().float()
         flags = torch.stack([bad, torch.full_like(bad, request.received)])
-        dist.all_reduce(flags, 'max')   # all stop or skip together
+        dist.all_reduce(flags, 'max')   # all processes stop or skip together
         values, event = torch.cat([flags, values]), None
         if values.is_cuda:
-            values = values.to('cpu', non_blocking=True)    # which torch has pinned
+            values = values.to('cpu', non_blocking=True)    # torch pins the copy
             event = torch.cuda.Event()
             event.record()
         self.pending = runner.iter + 1, [samples for samples, _ in seen], values, event
         return flags[0]
 
-    def _look(self, runner):
-        """Whether the step that was measured last is good."""
+    def _inspect(self, runner):
+        """Read the last measurement; return whether its step is finite."""
         if self.pending is None:
             return True
         (iteration, batches, values, event), self.pending = self.pending, None
         if event is not None:
-            event.synchronize()     # long past, but before a checkpoint or the like
+            event.synchronize()     # has passed already, except before a checkpoint and the like
         bad, terminated, norm, *losses = values.tolist()
         request.agreed = request.agreed or bool(terminated)
         if not bad:
-            self._watch(runner, iteration, norm)
+            self._check_spike(runner, iteration, norm)
             return True
         files = [getattr(sample, 'img_path', '?') for samples, loss in zip(batches, losses)
                  if not isfinite(loss) for sample in samples]
@@ -178,7 +181,7 @@ class NonFiniteGuardHook(Hook):
         runner.logger.warning(f'{message} Step skipped, {self.skipped} of {self.max_skipped}.')
         return False
 
-    def _watch(self, runner, iteration, norm):
+    def _check_spike(self, runner, iteration, norm):
         usual = median(self.norms) if len(self.norms) >= 10 else float('inf')
         spiking = norm > self.spike * usual
         if spiking and not self.spiking:
@@ -189,10 +192,10 @@ class NonFiniteGuardHook(Hook):
 
 
 def _can_skip(wrapper):
-    """Whether the optimizer leaves out a step by itself where its ``found_inf`` is 1.
+    """Whether the optimizer skips a step by itself when its ``found_inf`` is 1.
 
-    Fused SGD does so, too, but for the first step, after which its momentum is uninitialised
-    memory. Gradients that were clipped need not show that they were infinite.
+    Not fused SGD: after a skipped first step its momentum is uninitialised memory. Not
+    clipped gradients without a kept norm: clipping hides infinity.
     """
     optimizer = getattr(wrapper, 'optimizer', None)
     if not isinstance(optimizer, (Adam, AdamW)):
