@@ -1,4 +1,4 @@
-"""docs/quickstart.ipynb: every cell runs, briefly, from a clone; what it shows and writes is there."""
+"""docs/quickstart.ipynb: a short run of every cell, and the outputs that are committed."""
 import json
 import shutil
 
