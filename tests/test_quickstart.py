@@ -34,7 +34,7 @@ def test_every_cell_runs(clone):
     def shorter(source):
         if SETTINGS in source:
             replaced.append(source)
-        return source.replace(SETTINGS, 'EPOCHS, FINETUNE_EPOCHS, TILES = 8, 3, 4')
+        return source.replace(SETTINGS, 'EPOCHS, FINETUNE_EPOCHS, TILES = 8, 3, 8')
 
     ran, namespace = notebook.run_notebook(clone / 'docs/quickstart.ipynb', shorter)
     assert len(replaced) == 1
@@ -43,8 +43,8 @@ def test_every_cell_runs(clone):
     assert set(namespace['finetuned']) == {'random', 'pretrained'}
     assert all(10 < accuracy <= 100 for accuracy in namespace['finetuned'].values())
     out = clone / 'work_dirs/quickstart'
-    assert len(list((out / 'my_images').iterdir())) == 8
-    for name in ('loss.png', 'pages/digit.png', 'pages/china_0.png'):
+    assert len(list((out / 'my_images').iterdir())) == 16
+    for name in ('loss.png', 'pages/digit.png', 'pages/china_6.png'):
         assert min(Image.open(out / name).size) >= 300, name
     for name in ('pretrain', 'my_pretrain'):
         assert (out / name / 'epoch_8.pth').is_file()
