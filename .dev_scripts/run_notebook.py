@@ -74,7 +74,7 @@ def outputs(printed, value, number):
         data = {'text/plain': [repr(value)]}
         if hasattr(value, 'save'):
             png = io.BytesIO()
-            value.convert('RGB').quantize(256).save(png, 'PNG', optimize=True)   # keeps it small
+            value.convert('RGB').save(png, 'PNG', optimize=True)
             data = {'image/png': base64.b64encode(png.getvalue()).decode(),
                     'text/plain': [f'<image of {value.width} x {value.height} pixels>']}
         found.append(dict(output_type='execute_result', execution_count=number, metadata={},
