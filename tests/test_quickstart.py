@@ -34,7 +34,7 @@ def test_every_cell_runs(clone):
     def shorter(source):
         if SETTINGS in source:
             replaced.append(source)
-        return source.replace(SETTINGS, 'EPOCHS, FINETUNE_EPOCHS, TILES = 8, 3, 8')
+        return source.replace(SETTINGS, 'EPOCHS, FINETUNE_EPOCHS, TILES = 8, 10, 8')
 
     ran, namespace = notebook.run_notebook(clone / 'docs/quickstart.ipynb', shorter)
     assert len(replaced) == 1
