@@ -5,7 +5,7 @@ from inspect import signature
 import timm
 from timm.layers import LayerNorm
 from timm.models.eva import Eva
-from torch import Tensor
+from torch import Tensor, nn
 
 from nepa_mm.checkpoints.huggingface import rename
 from nepa_mm.models.vit import NEPAViT
@@ -76,7 +76,7 @@ def eva_args(backbone: dict, num_classes: int = 0) -> dict:
         attn_drop_rate=args['attn_drop_rate'], drop_path_rate=args['drop_path_rate'])
 
 
-def be_causal(module, args, kwargs):
+def be_causal(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a timm block: mask later tokens."""
     return args, kwargs | dict(is_causal=True)
 

@@ -13,7 +13,7 @@ from nepa_mm.checkpoints.loading import load_pretrained
 from nepa_mm.models.layers import SCANS, Block, PatchEmbed, RotaryEmbedding, scan_order
 
 
-def run_block(layer, x, sin, cos):
+def run_block(layer: nn.Module, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Call a block. A function, so that all blocks share one compiled graph."""
     return layer(x, sin, cos)
 
