@@ -1,1 +1,8 @@
-"""What every wing may use, and what uses none of them."""
+"""Helpers that every wing may import: errors, files, output names, random states, signals."""
+
+
+def register_all_modules(init_default_scope: bool = True) -> None:
+    """Do nothing: importing nepa_mm registers everything.
+
+    mmengine calls this function of a package's ``utils`` when it first meets its scope.
+    """
