@@ -1,4 +1,4 @@
-"""Write the tables of docs/ and of the configs' READMEs from metafiles and configs, or check that they agree.
+"""Write the tables of the pages from metafiles and configs, or check that they agree.
 
     python .dev_scripts/readme_tables.py [--check]
 

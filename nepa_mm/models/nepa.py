@@ -15,8 +15,9 @@ embedding answers everything); paper Table 1a.
 
 At the start LayerScale makes the transformer almost the identity, so the first loss
 is minus the cosine of neighbouring patches: about -0.65 on smooth images, about 0 on
-noise. Finished runs end between -0.90 and -1.00. A loss that goes all the way to
--1.000 is a collapse.
+noise. Finished runs level off between -0.90 and -1.00 (paper Fig. 7). A collapse
+continues to -1.000. The loss alone does not separate it from a very good run;
+``embedding_std``, ``embedding_rank`` and ``lift`` of NEPAMonitorHook do.
 """
 import torch
 import torch.nn.functional as F
