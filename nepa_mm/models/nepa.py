@@ -7,27 +7,29 @@ embeddings of an image in order, behind a causal mask, and predicts the next one
     h = transformer([cls, z])   # (B, N, D)  position t has seen cls, z_1 ... z_t
     loss = -cos(h, z)           # the output at t against the embedding at t + 1
 
-The target is the embedding itself, detached, so the embedding learns only as a
-context, never as a target. There are no pixels, no tokenizer, no second view, no
-momentum encoder and no extra head. What keeps it from collapsing is the shift by one
-(without it the answer is the input) and the stop-gradient (without it one constant
-embedding answers everything); paper Table 1a.
+The target is the embedding itself, detached. The embedding layer therefore learns as
+context only, never as a target. There are no pixels, no tokenizer, no second view, no
+momentum encoder and no extra head. Two things prevent collapse (paper, Table 1a):
 
-At the start LayerScale makes the transformer almost the identity, so the first loss
-is minus the cosine of neighbouring patches: about -0.65 on smooth images, about 0 on
-noise. Finished runs level off between -0.90 and -1.00 (paper Fig. 7). A collapse
-continues to -1.000. The loss alone does not separate it from a very good run;
-``embedding_std``, ``embedding_rank`` and ``lift`` of NEPAMonitorHook do.
+- the shift by one: without it, the network copies its input;
+- the stop-gradient: without it, one constant embedding minimises the loss.
+
+LayerScale makes a new network almost the identity, so the first loss is minus the
+cosine of neighbouring patches: about -0.65 on smooth images, about 0 on noise. The
+paper's runs end between -0.90 and -1.00 (Fig. 7) and never reach the bound. A loss of
+-1.000 means a collapse or a copying network; NEPAMonitorHook tells which.
 """
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmpretrain.models.selfsup.base import BaseSelfSupervisor
-from torch import nn
+from torch import Tensor, nn
 
 
-def next_embedding_loss(prediction, target):
+def next_embedding_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Minus the mean cosine between predictions and targets, in fp32.
 
     Args:
@@ -45,35 +47,43 @@ def next_embedding_loss(prediction, target):
 
 @MODELS.register_module()
 class NEPAHead(BaseModule):
-    """Pairs every output with the embedding that it has to predict. It has no parameters.
+    """Pair every output with the embedding it has to predict. The head has no parameters.
 
     Args:
-        shift (int): How many patches ahead to predict. 1 is NEPA; 0, its own patch,
-            is the row "no shift" of Table 1a. Defaults to 1.
-        stop_gradient (bool): Whether the target is detached. False is the row "no
-            stop-grad" of Table 1a, which collapses. Defaults to True.
-        with_cls_token (bool): Whether the class token predicts, too: patch ``shift``.
-            Without it the first ``shift`` patches are no targets. Without shift it
-            never does. Defaults to True.
-        init_cfg (dict, optional): Unused, for OpenMMLab's interface. Defaults to None.
+        shift (int): How many patches ahead to predict. 1 is NEPA; 0, the patch itself, is
+            "no shift" in Table 1a. Defaults to 1.
+        stop_gradient (bool): Whether to detach the target. False is "no stop-grad" in
+            Table 1a, which collapses. Defaults to True.
+        with_cls_token (bool): Whether the class token predicts patch ``shift``. Without
+            it, the first ``shift`` patches are not targets. With ``shift=0`` the class
+            token never predicts. Defaults to True.
+        init_cfg (dict, optional): Unused; part of OpenMMLab's interface. Defaults to None.
+
+    Raises:
+        ValueError: ``shift`` is negative.
     """
 
-    def __init__(self, shift=1, stop_gradient=True, with_cls_token=True, init_cfg=None):
+    def __init__(self, shift: int = 1, stop_gradient: bool = True, with_cls_token: bool = True,
+                 init_cfg: dict | None = None):
         super().__init__(init_cfg)
         if shift < 0:
             raise ValueError(f'shift must be 0 or a positive number of patches, got {shift}.')
         self.shift, self.stop_gradient = int(shift), stop_gradient
         self.with_cls_token = with_cls_token
 
-    def num_context_patches(self, num_patches):
-        """How many leading patches a causal network must read to predict all targets."""
+    def num_context_patches(self, num_patches: int) -> int:
+        """How many leading patches a causal network must read to predict all targets.
+
+        Raises:
+            ValueError: The image has too few patches for ``shift``.
+        """
         needed = self.shift + (not self.with_cls_token)
         if needed > num_patches:
             raise ValueError(f'shift={self.shift} needs at least {needed} patches, but the image '
                              f'has {num_patches}.')
         return num_patches - self.shift
 
-    def loss(self, h, z):
+    def loss(self, h: Tensor, z: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
@@ -81,7 +91,7 @@ class NEPAHead(BaseModule):
             z (Tensor): Embeddings of all N patches (B, N, D).
 
         Returns:
-            Tensor: Scalar.
+            Tensor: A scalar in [-1, 1].
         """
         target = z.detach() if self.stop_gradient else z
         if self.shift == 0:
@@ -99,23 +109,23 @@ class NEPA(BaseSelfSupervisor):
     Args:
         backbone (dict): Config of :class:`NEPAViT`.
         head (dict): Config of :class:`NEPAHead`.
-        mask_ratio (float): Share of the input patches that a learned token replaces;
-            targets stay clean. NEPA uses none, Table 1c tries 0.4 and 0.6. Defaults
-            to 0.
-        intermediate_blocks (Sequence[int]): Blocks, negative ones counted from the
-            end, whose outputs, without the final norm, have to predict as well; the
-            mean of their losses is added. NEPA has none. Defaults to ().
-        data_preprocessor (dict, optional): Normalisation of the images. Defaults to
-            None.
+        mask_ratio (float): Fraction of the input patches to replace by a learned token;
+            targets are never masked. NEPA masks nothing; Table 1c tries 0.4 and 0.6.
+            Defaults to 0.
+        intermediate_blocks (Sequence[int]): Blocks whose outputs predict the targets as
+            well, without the final norm; negative indices count from the end. The mean of
+            their losses is added. Not part of NEPA. Defaults to ().
+        data_preprocessor (dict, optional): Normalisation of the images. Defaults to None.
         init_cfg (dict, optional): Initialisation. Defaults to None.
 
     Raises:
-        ValueError: ``mask_ratio`` is not in [0, 1); one of ``intermediate_blocks`` is
-            the last block or none.
+        ValueError: ``mask_ratio`` is not in [0, 1), or ``intermediate_blocks`` names the
+            last block or a block that does not exist.
     """
 
-    def __init__(self, backbone, head, mask_ratio=0., intermediate_blocks=(),
-                 data_preprocessor=None, init_cfg=None):
+    def __init__(self, backbone: dict, head: dict, mask_ratio: float = 0.,
+                 intermediate_blocks: Sequence[int] = (), data_preprocessor: dict | None = None,
+                 init_cfg: dict | list[dict] | None = None):
         super().__init__(backbone=backbone, head=head, data_preprocessor=data_preprocessor,
                          init_cfg=init_cfg)
         if not 0 <= mask_ratio < 1:
@@ -129,16 +139,16 @@ class NEPA(BaseSelfSupervisor):
             self.mask_token = nn.Parameter(torch.empty(1, 1, self.backbone.embed_dims))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def loss(self, inputs, data_samples=None):
+    def loss(self, inputs: Tensor, data_samples: list | None = None) -> dict[str, Tensor]:
         """The pretraining loss.
 
         Args:
-            inputs (Tensor): Images (B, C, height, width), normalised.
+            inputs (Tensor): Normalised images (B, C, height, width).
             data_samples (list, optional): Unused; there are no labels.
 
         Returns:
-            dict[str, Tensor]: ``loss``, a scalar in [-1, 1], and with
-            ``intermediate_blocks`` ``loss_intermediate``, which is another one.
+            dict[str, Tensor]: ``loss``, a scalar in [-1, 1]; with ``intermediate_blocks``
+            also ``loss_intermediate``, a scalar in [-1, 1].
         """
         z, grid = self.backbone.embed(inputs)                   # B N D
         *intermediate, h = self.forward_tokens(z, grid, (*self.intermediate_blocks, -1))
@@ -148,15 +158,20 @@ class NEPA(BaseSelfSupervisor):
                 [self.head.loss(h, z) for h in intermediate]).mean()
         return losses
 
-    def predict_embeddings(self, z, grid):
-        """Outputs (B, 1 + n, D) for embeddings (B, N, D); h[:, t] predicts z[:, t]."""
-        return self.forward_tokens(z, grid)[-1]
+    def forward_tokens(self, z: Tensor, grid: tuple[int, int],
+                       out_indices: Sequence[int] = (-1,)) -> list[Tensor]:
+        """Outputs of blocks for patch embeddings; ``h[:, t]`` predicts ``z[:, t]``.
 
-    def forward_tokens(self, z, grid, out_indices=(-1,)):
-        """Outputs [(B, 1 + n, D)] of blocks for embeddings (B, N, D), class token first.
+        Behind a causal mask no token sees the last ``shift`` patches, and their own outputs
+        predict nothing. They are targets but not inputs, so n = N - shift.
 
-        Behind a causal mask nobody sees the last ``shift`` patches and their own
-        outputs predict nothing, so they are targets but no inputs: n = N - shift.
+        Args:
+            z (Tensor): Patch embeddings (B, N, D).
+            grid (tuple[int, int]): Rows and columns of patches.
+            out_indices (Sequence[int]): Blocks to return. Defaults to the last one.
+
+        Returns:
+            list[Tensor]: (B, 1 + n, D) per block, class token first.
         """
         if self.backbone.causal:
             z = z[:, :self.head.num_context_patches(z.shape[1])]
@@ -165,7 +180,7 @@ class NEPA(BaseSelfSupervisor):
         return [self.backbone.without_registers(x)
                 for x in self.backbone.encode(z, grid, out_indices)]
 
-    def mask(self, z):
+    def mask(self, z: Tensor) -> Tensor:
         """Replace a random ``mask_ratio`` of each image's embeddings by the mask token."""
         order = torch.rand(z.shape[:2], device=z.device).argsort(dim=1).argsort(dim=1)
         masked = order < round(self.mask_ratio * z.shape[1])    # B N
