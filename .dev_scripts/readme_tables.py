@@ -1,4 +1,4 @@
-"""Write the tables of the READMEs from metafiles and configs, or check that they agree.
+"""Write the tables of the pages from metafiles and configs, or check that they agree.
 
     python .dev_scripts/readme_tables.py [--check]
 
@@ -61,17 +61,17 @@ def format_rows(columns, rows):
     return ''.join(f'| {" | ".join(map(str, row))} |\n' for row in cells)
 
 
-def render(readme):
-    """What a README should say."""
+def render(page):
+    """The text of a page with its tables filled in."""
     def fill(found):
         write = ablations if found[2].endswith('.py') else table
-        return found[1] + write(found[2], readme.parent) + found[3]
-    return MARKED.sub(fill, readme.read_text())
+        return found[1] + write(found[2], page.parent) + found[3]
+    return MARKED.sub(fill, page.read_text())
 
 
-def readmes():
-    """The READMEs with a table."""
-    found = [ROOT / 'README.md', *sorted(ROOT.glob('configs/**/README.md'))]
+def pages():
+    """The pages with a table."""
+    found = sorted((*ROOT.glob('docs/*.md'), *ROOT.glob('configs/**/README.md')))
     return [path for path in found if MARKED.search(path.read_text())]
 
 
@@ -80,7 +80,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='fail instead of writing')
     args = parser.parse_args(argv)
-    for path in readmes():
+    for path in pages():
         text = render(path)
         if text != path.read_text():
             if args.check:

@@ -134,7 +134,7 @@ def check(results):
 
     Two rows do not count: the last block's features are made to resemble the next embedding
     and are shallow by construction (paper, Table 6), and UPerNet, whose decoder is as large as
-    the network, learns these scenes as well without pretraining (README).
+    the network, learns these scenes as well without pretraining (docs/results.md).
     """
     problems = []
     if results['loss'] < -0.999 or results['spread'] < 0.1:

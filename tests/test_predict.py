@@ -1,4 +1,4 @@
-"""The model index, inference from Python, tools/predict.py, and the tables of the READMEs."""
+"""The model index, inference from Python, tools/predict.py, and the tables of the pages."""
 from pathlib import Path
 
 import mmpretrain
@@ -85,12 +85,13 @@ def test_refusals(capsys):
         IMAGES[0], '--model', 'deeper.py', '--checkpoint', checkpoint)
 
 
-@pytest.mark.parametrize('readme', tables.readmes(), ids=lambda path: path.parent.name)
-def test_readme_tables(readme):
-    assert tables.render(readme) == readme.read_text()
+@pytest.mark.parametrize(
+    'page', tables.pages(), ids=lambda path: str(path.relative_to(REPO)).replace('/', '_'))
+def test_tables_of_pages(page):
+    assert tables.render(page) == page.read_text()
 
 
-def test_readme_table_content():
+def test_table_content():
     path = REPO / 'tests' / 'README.md'
     text = tables.table('configs/classification/metafile.yml', path.parent)
     row = next(line for line in text.splitlines() if '[nepa_vit-b_ft_in1k]' in line)

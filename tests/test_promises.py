@@ -1,4 +1,4 @@
-"""README, "Runs that last for days": each promise, tried by the command that a user types.
+"""docs/long_runs.md: each promise, tried by the command that a user types.
 
 `make faults` tries more of each kind.
 """
