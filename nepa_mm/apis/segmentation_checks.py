@@ -20,7 +20,7 @@ from nepa_mm.datasets.transforms.masks import LoadCheckedMask, join, listing, va
 from nepa_mm.evaluation.iou_metric import CheckedIoUMetric
 from nepa_mm.utils.errors import DataError
 from nepa_mm.utils.nested import dicts
-from nepa_mm.utils.outputs import pages_of
+from nepa_mm.utils.outputs import dataset_pages
 
 TURNED = (5, 6, 7, 8)   # EXIF orientations that exchange height and width
 
@@ -311,6 +311,6 @@ def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
         if type(metric) is IoUMetric:
             metric.__class__ = CheckedIoUMetric
             if metric.output_dir:
-                metric.pages = pages_of(dataset, metric.output_dir)
+                metric.pages = dataset_pages(dataset, metric.output_dir)
             replaced.add('IoUMetric by CheckedIoUMetric')
     return [f'Replaced: {join(sorted(replaced))}.'] if replaced else []

@@ -1,7 +1,7 @@
 """Samples that are the same after a resume, for any number of workers and processes."""
 from itertools import islice
 
-from nepa_mm.utils.random_state import derive_seed, seeded
+from nepa_mm.utils.random_state import derive_seed, fixed_seed
 
 
 class SeededSamples:
@@ -22,7 +22,7 @@ class SeededSamples:
         """The samples of a list of (pass, index), as a :class:`ResumableSampler` yields them."""
         samples = []
         for number, index in pairs:
-            with seeded(derive_seed(self.seed, number, index)):
+            with fixed_seed(derive_seed(self.seed, number, index)):
                 samples.append(self.dataset[index])
         return samples
 

@@ -1,1 +1,1 @@
-"""What every wing may use, and what uses none of them."""
+"""Helpers shared by all subpackages. They import nothing else from nepa_mm."""

@@ -6,7 +6,7 @@ from mmengine.registry import HOOKS
 from mmpretrain.engine import VisualizationHook
 
 from nepa_mm.datasets.images import read_image, to_picture
-from nepa_mm.utils.outputs import page_names, pages_of
+from nepa_mm.utils.outputs import page_names, dataset_pages
 
 
 def page_of(sample, pages, out_dir):
@@ -24,7 +24,7 @@ def prepare(visualizer, dataset, out_dir):
     """The pages of a data set, whose classes a visualizer then knows in every process."""
     with drawing():
         visualizer.dataset_meta = getattr(dataset, 'metainfo', {})
-    return pages_of(dataset, out_dir)
+    return dataset_pages(dataset, out_dir)
 
 
 @HOOKS.register_module(force=True)
