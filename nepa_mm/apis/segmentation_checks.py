@@ -13,7 +13,7 @@ from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
 
-from nepa_mm.datasets.classes import leaves
+from nepa_mm.datasets.classes import base_datasets
 from nepa_mm.datasets.images import IMAGE_SUFFIXES, ORIENTATION, open_image, read_bytes
 from nepa_mm.datasets.pipelines import slots
 from nepa_mm.datasets.transforms.masks import LoadCheckedMask, join, listing, values_of
@@ -75,7 +75,7 @@ def check_segmentation_data(dataset, num_classes, ignore_index=255, name='data s
         ValueError: The data set names another number of classes than ``num_classes``.
     """
     warnings, read, seen, names = [], [], set(), None
-    for part in leaves(dataset):
+    for part in base_datasets(dataset):
         steps = [steps[index] for steps, index in slots(part.pipeline)]
         loader = next((step for step in steps if isinstance(step, LoadAnnotations)), None)
         if not isinstance(part, BaseSegDataset) or loader is None:
@@ -301,7 +301,7 @@ def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
         list[str]: What was replaced, for the log.
     """
     replaced = set()
-    for part in leaves(dataset):
+    for part in base_datasets(dataset):
         for steps, index in slots(part.pipeline):
             old = steps[index]
             if type(old) is LoadAnnotations:

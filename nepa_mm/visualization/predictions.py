@@ -5,8 +5,8 @@ from mmengine import dist
 from mmengine.registry import HOOKS
 from mmpretrain.engine import VisualizationHook
 
-from nepa_mm.datasets.images import read_image, to_picture
-from nepa_mm.utils.outputs import page_names, dataset_pages
+from nepa_mm.datasets.images import read_image, to_display_rgb
+from nepa_mm.utils.outputs import dataset_pages, page_names
 
 
 def page_of(sample, pages, out_dir):
@@ -53,7 +53,7 @@ class SeenImageHook(VisualizationHook):
                 page = page_of(sample, self.pages, self.out_dir)
                 with drawing():
                     self._visualizer.visualize_cls(
-                        image=to_picture(image.permute(1, 2, 0).cpu().numpy()), data_sample=sample,
+                        image=to_display_rgb(image.permute(1, 2, 0).cpu().numpy()), data_sample=sample,
                         name=page.stem, **dict(self.draw_args, out_file=str(page)))
 
 
@@ -74,7 +74,7 @@ def segmentation_hook(color_type, out_dir):
                 page = page_of(sample, self.pages, out_dir)
                 with drawing():
                     self._visualizer.add_datasample(
-                        page.stem, to_picture(read_image(sample.img_path, color_type)),
+                        page.stem, to_display_rgb(read_image(sample.img_path, color_type)),
                         data_sample=sample.numpy(),     # a mask of 1 x 1 would be an index else
                         show=self.show, wait_time=self.wait_time, out_file=str(page))
 

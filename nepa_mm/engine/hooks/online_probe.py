@@ -5,7 +5,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from nepa_mm.datasets.classes import align
+from nepa_mm.datasets.classes import align_datasets
 from nepa_mm.datasets.pipelines import use_one_reader
 from nepa_mm.engine.fsdp_runner import is_sharded
 from nepa_mm.evaluation.frozen_features import extract_features, knn_scores, linear_scores
@@ -80,8 +80,8 @@ class OnlineProbeHook(Hook):
         for loader in (self.bank, self.queries):
             use_one_reader(loader.dataset, runner.model)
             shield_workers(loader)
-        for sentence in align(self.queries.dataset, 'query_dataloader', self.bank.dataset,
-                              'bank_dataloader'):
+        for sentence in align_datasets(self.queries.dataset, 'query_dataloader', self.bank.dataset,
+                                       'bank_dataloader'):
             runner.logger.warning(sentence)
 
     def after_train_epoch(self, runner):
