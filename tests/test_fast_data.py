@@ -7,8 +7,9 @@ import pytest
 from mmengine.dataset import Compose
 from PIL import Image
 
-from nepa_mm.datasets import digits as datasets
 from nepa_mm.datasets import images as reading
+from nepa_mm.datasets.resize import resize_image
+from nepa_mm.datasets.transforms import crops
 
 from .tiny_runs import load_tool, run_script
 
@@ -87,7 +88,7 @@ def test_size_of_a_jpeg(tmp_path, mode, options):
 
 def test_pillow_sees_no_plain_jpeg(tmp_path, monkeypatch):
     """Its decoder would be correct, and slow without a word."""
-    monkeypatch.setattr(datasets, 'open_image', None)
+    monkeypatch.setattr(crops, 'decode_image', None)
     for mode in ('RGB', 'L'):
         photo((100, 75)).convert(mode).save(tmp_path / 'image.jpg')
         draw(tmp_path / 'image.jpg', 'bilinear', True)
@@ -95,7 +96,7 @@ def test_pillow_sees_no_plain_jpeg(tmp_path, monkeypatch):
 
 def test_bad_interpolation():
     with pytest.raises(ValueError, match="interpolation must be 'bilinear' or 'bicubic', got 'l"):
-        datasets.LoadRandomResizedCrop(64, interpolation='lanczos')
+        crops.LoadRandomResizedCrop(64, interpolation='lanczos')
 
 
 # The tool
@@ -169,9 +170,9 @@ def test_resize_goes_on(imagenet, tmp_path, monkeypatch, capsys):
 def test_nothing_half_written(imagenet, tmp_path, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(datasets.os, 'replace', fail)
+    monkeypatch.setattr(os, 'replace', fail)
     with pytest.raises(KeyboardInterrupt):
-        datasets.resize_image(imagenet / 'train/n01/wide.JPEG', tmp_path / 'out.JPEG', 50)
+        resize_image(imagenet / 'train/n01/wide.JPEG', tmp_path / 'out.JPEG', 50)
     assert not (tmp_path / 'out.JPEG').exists()
 
 

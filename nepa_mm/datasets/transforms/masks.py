@@ -96,7 +96,8 @@ class LoadCheckedMask(LoadAnnotations):
         self.no_void = False        # whether a mask of 0 and 255 means two classes, not void
 
     @classmethod
-    def like(cls, loader: LoadAnnotations, num_classes: int, ignore_index: int) -> 'LoadCheckedMask':
+    def like(cls, loader: LoadAnnotations, num_classes: int,
+             ignore_index: int) -> 'LoadCheckedMask':
         """Create a loader with the options of a LoadAnnotations."""
         self = cls(num_classes, ignore_index, imdecode_backend=loader.imdecode_backend,
                    backend_args=loader.backend_args)
