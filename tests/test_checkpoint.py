@@ -81,7 +81,7 @@ def test_refusals(trained, tmp_path):
         load_pretrained(vit(patch_size=7), path, 'backbone.')
     with pytest.raises(ValueError, match="weights must be one of .* got 'best'"):
         load_pretrained(vit(), path, 'backbone.', weights='best')
-    with pytest.raises(ValueError, match='was saved without an average'):
+    with pytest.raises(ValueError, match='was saved without EMA weights'):
         select_weights(dict(state_dict={}), 'ema')
 
     torn = tmp_path / 'torn.pth'

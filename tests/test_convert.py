@@ -231,7 +231,7 @@ test_evaluator = dict(topk=1)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run_test(['test.py', 'headless.safetensors'])
-    assert 'never trained cannot predict: backbone.fc_norm.weight' in capsys.readouterr().err
+    assert 'untrained weights cannot predict: backbone.fc_norm.weight' in capsys.readouterr().err
 
 
 def refuse(capsys, *args):

@@ -18,7 +18,12 @@ from nepa_mm.apis.schedule_checks import (
     schedule_problems,
     silent_hooks,
 )
-from nepa_mm.checkpoints.loading import below, check_network, unwrapped, warn_of_other_function
+from nepa_mm.checkpoints.loading import (
+    check_network,
+    strip_prefix,
+    unwrapped,
+    warn_if_function_differs,
+)
 from nepa_mm.datasets.classes import (
     align_datasets,
     align_to_classes,
@@ -79,8 +84,8 @@ class RunCheckHook(Hook):
         if runner._resume and training(runner):     # tests of OpenMMLab's tools resume, too
             self._check_experiment(runner, checkpoint, source)
         else:
-            check_network(below(own, 'backbone.'), below(loaded, 'backbone.'), source)
-            warn_of_other_function(unwrapped(runner.model), meta, source)
+            check_network(strip_prefix(own, 'backbone.'), strip_prefix(loaded, 'backbone.'), source)
+            warn_if_function_differs(unwrapped(runner.model), meta, source)
             if new:
                 self._warn(f'{source} has no {listed(new)} of that shape: they keep their initial '
                            'value.')

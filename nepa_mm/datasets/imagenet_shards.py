@@ -172,7 +172,7 @@ def _digest(images):
 
 
 def _is_valid(entry, stamp):
-    """Whether an index entry matches its tar. The index is untrusted: anyone may have written it."""
+    """Whether an index entry matches its tar; the index is an untrusted file."""
     def is_number(value, most):
         return type(value) is int and 0 <= value <= most
 
