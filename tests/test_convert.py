@@ -269,7 +269,7 @@ def test_refusals(published, tmp_path, capsys):
 
     data = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
-    assert 'no checkpoint that can be read safely' in refuse(capsys, folder, dst)
+    assert 'not a checkpoint that can be read safely' in refuse(capsys, folder, dst)
     (folder / 'config.json').unlink()
     assert 'need their config.json' in refuse(capsys, folder, dst)
     assert not dst.parent.exists()      # nothing was begun
