@@ -133,7 +133,7 @@ def fit(state_dict: dict[str, torch.Tensor], model: dict) -> list[str]:
             another shape, or is not floating-point and finite; the message names it.
     """
     last = f'backbone.layers.{model["backbone"]["arch"]["num_layers"] - 1}.ln1.weight'
-    if last not in state_dict:      # checked first, so that a config cannot request millions of blocks
+    if last not in state_dict:      # before a config requests millions of blocks
         raise ValueError(f'The file has no tensor {last}, which the network of its config has.')
     try:
         with torch.device('meta'), DefaultScope.overwrite_default_scope('mmpretrain'):
