@@ -7,7 +7,7 @@ stack.require(*stack.CORE, 'mmengine', 'mmcv', 'mmpretrain')
 stack.check_binaries()
 stack.register()
 
-# each of these registers what is its own
+# importing these registers their classes
 from . import apis, engine, registry  # noqa: F401
 from .models import NEPA, NEPAViT, next_embedding_loss
 

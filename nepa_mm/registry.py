@@ -1,10 +1,10 @@
-"""The scope ``nepa_mm``, which mmengine gives to everything inherited from ``nepa_mm::``.
+"""The scope ``nepa_mm``, which mmengine assigns to configs inherited by ``nepa_mm::``.
 
-NEPA's own classes are in mmengine's root registries, where every scope finds them. The rest of
-a config is mmpretrain's or mmseg's, as its ``default_scope`` says. So the registries of this
-scope look up every name where it would be found without the scope, but for LoadImageFromFile:
-that is LoadImageWithPillow, under the name that OpenMMLab's inferencers look for in a pipeline.
-mmengine imports this module when it meets the scope.
+NEPA's classes are in mmengine's root registries, where every scope finds them. The other classes
+of a config come from mmpretrain or mmseg, as its ``default_scope`` states. The registries of this
+scope therefore resolve every name as if the scope did not exist. The one exception is
+LoadImageFromFile, the name that OpenMMLab's inferencers search a pipeline for: it resolves to
+LoadImageWithPillow. mmengine imports this module when it meets the scope.
 """
 from mmengine import registry
 from mmengine.registry import DefaultScope, Registry
@@ -13,9 +13,10 @@ from nepa_mm.datasets.transforms.loading import LoadImageWithPillow
 
 
 class TransparentRegistry(Registry):
-    """Look names up in the innermost other scope in use, or in mmpretrain when there is none."""
+    """Registry that looks names up in the innermost other scope in use, or else in mmpretrain."""
 
-    def get(self, key):
+    def get(self, key: str) -> type | None:
+        """Return the class or function of a name, or None."""
         if key in self._module_dict:
             return self._module_dict[key]
         scopes = [scope.scope_name for scope in DefaultScope._instance_dict.values()]

@@ -172,7 +172,7 @@ def test_before_the_first_step(change, words, capsys):
     (np.zeros((28, 28, 5), np.uint8), 'has 5 channels, but the network in_channels=4.'),
     (np.zeros((4, 28, 28), np.uint8), 'has 28 channels, but the network in_channels=4.'),
     (np.zeros((28, 28), np.uint8), 'A batch needs images of one shape, but the pipeline makes'),
-    (np.full((28, 28, 4), np.nan), 'has pixels that are no numbers (nan or infinite).')])
+    (np.full((28, 28, 4), np.nan), 'has pixels that are not finite (nan or infinite).')])
 def test_odd_file_among_many(array, words, workers, capsys):
     config, _ = save_classifier()
     fit_to(config, 4, 'unchanged')

@@ -81,14 +81,14 @@ def test_refusals(trained, tmp_path):
         load_pretrained(vit(patch_size=7), path, 'backbone.')
     with pytest.raises(ValueError, match="weights must be one of .* got 'best'"):
         load_pretrained(vit(), path, 'backbone.', weights='best')
-    with pytest.raises(ValueError, match='was saved without an average'):
+    with pytest.raises(ValueError, match='was saved without EMA weights'):
         select_weights(dict(state_dict={}), 'ema')
 
     torn = tmp_path / 'torn.pth'
     torn.write_bytes(path.read_bytes()[:5000])
     (tmp_path / 'torn.safetensors').write_bytes(b'\x40\0\0\0')
     for file in (torn, tmp_path / 'torn.safetensors'):
-        with pytest.raises(ValueError, match='no checkpoint that can be read safely'):
+        with pytest.raises(ValueError, match='not a checkpoint that can be read safely'):
             read_checkpoint(file)
     torch.save(dict(epoch=3, state_dict=dict(step=3)), tmp_path / 'other.pth')
     with pytest.raises(ValueError, match='holds no state dict of tensors'):
@@ -211,7 +211,7 @@ def test_hub(hub, published, monkeypatch):
         return file
 
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', damaged)
-    with pytest.raises(ValueError, match='is damaged: its SHA-256 is not'):
+    with pytest.raises(ValueError, match='is corrupt: its SHA-256 is not'):
         locate('hf://owner/nepa@v1')
 
 

@@ -231,7 +231,7 @@ test_evaluator = dict(topk=1)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run_test(['test.py', 'headless.safetensors'])
-    assert 'never trained cannot predict: backbone.fc_norm.weight' in capsys.readouterr().err
+    assert 'untrained weights cannot predict: backbone.fc_norm.weight' in capsys.readouterr().err
 
 
 def refuse(capsys, *args):
@@ -269,7 +269,7 @@ def test_refusals(published, tmp_path, capsys):
 
     data = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
-    assert 'no checkpoint that can be read safely' in refuse(capsys, folder, dst)
+    assert 'not a checkpoint that can be read safely' in refuse(capsys, folder, dst)
     (folder / 'config.json').unlink()
     assert 'need their config.json' in refuse(capsys, folder, dst)
     assert not dst.parent.exists()      # nothing was begun

@@ -13,7 +13,7 @@ from torchvision.io import decode_jpeg
 
 from nepa_mm.datasets.transforms import gpu_decode as encoded
 from nepa_mm.utils.errors import UnreadableImageError
-from nepa_mm.utils.random_state import seeded
+from nepa_mm.utils.random_state import fixed_seed
 
 from .conftest import REPO
 from .faults.files import mutate
@@ -49,7 +49,7 @@ def files(tmp_path):
 
 def samples(files, steps, seed):
     pipeline = Compose(steps)
-    with seeded(seed):
+    with fixed_seed(seed):
         return [pipeline(dict(img_path=str(path), gt_label=3)) for path in files]
 
 

@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(folder):
     torn = Path('killed/epoch_2.pth')
     torn.write_bytes(newest.read_bytes()[:-10])
     output = train('killed', *FAST)
-    assert 'Not resumed: ' in output and 'killed/epoch_2.pth is torn.' in output
+    assert 'Not resumed: ' in output and 'killed/epoch_2.pth is truncated or corrupt.' in output
     assert same_weights('killed', 'straight')
 
 

@@ -162,7 +162,7 @@ def test_a_pickle_that_executes_is_not_resumed(config):
     Path('work_dirs/run/last_checkpoint').write_text('work_dirs/run/epoch_2.pth')
     assert len(run_train([config, *epochs(2)]).losses) == 2
     torch.save(dict(state, evil=Evil()), 'evil.pth')
-    with refused('evil.pth is no checkpoint that can be read safely'):
+    with refused('evil.pth is not a checkpoint that can be read safely'):
         run_train([config, '--resume', 'evil.pth'])
     assert not Path('executed').exists()
 

@@ -290,7 +290,7 @@ def test_absent_sets_are_refused(classifier, capsys):
             load_tool(tool).main([*args, '--weights', 'ema'])
         assert status.value.code == 2
         error = capsys.readouterr().err
-        assert 'one.pth was saved without an average' in error and error.count('\n') == 1, tool
+        assert 'one.pth was saved without EMA weights' in error and error.count('\n') == 1, tool
     assert not list(Path().glob('x*'))
 
 

@@ -20,7 +20,7 @@ from nepa_mm import apis
 from nepa_mm.apis.channels import check_channels, color_type
 from nepa_mm.checkpoints.io import locate
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
-from nepa_mm.datasets.images import read_image, to_picture
+from nepa_mm.datasets.images import read_image, to_display_rgb
 from nepa_mm.utils.nested import dicts
 from nepa_mm.utils.outputs import page_names
 
@@ -74,7 +74,7 @@ def classify(infer, args, source):
             print(f'  {score:6.2%}  {name}')
         print(f'  -> {page}')
         fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
-        left.imshow(to_picture(pixels))
+        left.imshow(to_display_rgb(pixels))
         left.axis('off')
         bars = right.barh([name.split(',')[0] for name in names], scores[top])
         right.bar_label(bars, [f'{score:.1%}' for score in scores[top]], padding=3)
@@ -134,7 +134,7 @@ def segmenter():
                 page, pred = next(self.pages), pred.numpy()
                 print(f'{image} -> {page}')
                 self.visualizer.add_datasample(
-                    page.stem, to_picture(read_image(image, self.color_type)), pred,
+                    page.stem, to_display_rgb(read_image(image, self.color_type)), pred,
                     draw_gt=False, out_file=str(page))
                 labels = page.parent / LABELS / page.name
                 Image.fromarray(pred.pred_sem_seg.data[0].astype(np.uint8)).save(labels)

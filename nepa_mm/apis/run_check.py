@@ -18,18 +18,23 @@ from nepa_mm.apis.schedule_checks import (
     schedule_problems,
     silent_hooks,
 )
-from nepa_mm.checkpoints.loading import below, check_network, unwrapped, warn_of_other_function
+from nepa_mm.checkpoints.loading import (
+    check_network,
+    strip_prefix,
+    unwrapped,
+    warn_if_function_differs,
+)
 from nepa_mm.datasets.classes import (
-    align,
+    align_datasets,
+    align_to_classes,
+    base_datasets,
     check_labels,
     classes_of,
-    follow,
-    follow_folders,
     has_labels,
-    leaves,
-    left_out,
     listed,
-    match,
+    match_classes,
+    order_by_metainfo,
+    skipped_images,
 )
 
 
@@ -79,8 +84,8 @@ class RunCheckHook(Hook):
         if runner._resume and training(runner):     # tests of OpenMMLab's tools resume, too
             self._check_experiment(runner, checkpoint, source)
         else:
-            check_network(below(own, 'backbone.'), below(loaded, 'backbone.'), source)
-            warn_of_other_function(unwrapped(runner.model), meta, source)
+            check_network(strip_prefix(own, 'backbone.'), strip_prefix(loaded, 'backbone.'), source)
+            warn_if_function_differs(unwrapped(runner.model), meta, source)
             if new:
                 self._warn(f'{source} has no {listed(new)} of that shape: they keep their initial '
                            'value.')
@@ -123,15 +128,16 @@ class RunCheckHook(Hook):
                              'DefaultSampler, or train_cfg.by_epoch=False with max_iters.')
         train = runner.train_dataloader.dataset
         self.check_training_data(runner, train)
-        names = classes_of(leaves(train)[0])
-        if self.classes and names and match(names, self.classes, 'train_dataloader', self.source) \
+        names = classes_of(base_datasets(train)[0])
+        if self.classes and names and match_classes(
+                names, self.classes, 'train_dataloader', self.source) \
                 not in (None, list(range(len(names)))):
             raise ValueError(f'train_dataloader has its classes in another order than the head of '
                              f'{self.source}: set metainfo.classes of the data to '
                              f'{listed(self.classes)}.')
         if runner.val_loop is not None:
-            for sentence in align(runner.val_dataloader.dataset, 'val_dataloader', train,
-                                  'train_dataloader'):
+            for sentence in align_datasets(runner.val_dataloader.dataset, 'val_dataloader', train,
+                                           'train_dataloader'):
                 self._warn(sentence)
             self._check_evaluation(runner, runner.val_loop, 'val_dataloader')
             check_best(runner)
@@ -157,9 +163,9 @@ class RunCheckHook(Hook):
         if loader.drop_last and rest:
             raise ValueError(f'{whose}.drop_last leaves out {rest} of {len(loader.dataset)} images '
                              'of the evaluation; set it to False.')
-        follow_folders(loader.dataset, whose)
+        order_by_metainfo(loader.dataset, whose)
         if self.classes:
-            for sentence in follow(loader.dataset, whose, self.classes, self.source):
+            for sentence in align_to_classes(loader.dataset, whose, self.classes, self.source):
                 self._warn(sentence)
         head = getattr(unwrapped(runner.model), 'head', None)
         outputs = getattr(head, 'num_classes', None)
@@ -181,14 +187,14 @@ class RunCheckHook(Hook):
 
     def _check_dataset(self, runner, dataset, whose):
         """Labels against folders and outputs; return the number of outputs, None without labels."""
-        follow_folders(dataset, whose)
-        for sentence in left_out(dataset, whose):
+        order_by_metainfo(dataset, whose)
+        for sentence in skipped_images(dataset, whose):
             self._warn(sentence)
         model = unwrapped(runner.model)
         num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
         if num_classes is None:
             return None
-        for leaf in filter(has_labels, leaves(dataset)):
+        for leaf in filter(has_labels, base_datasets(dataset)):
             check_labels(leaf, whose, num_classes)
         if hasattr(model.data_preprocessor, 'num_classes'):
             model.data_preprocessor.num_classes = num_classes   # of its one-hot labels, so Mixup's

@@ -25,7 +25,7 @@ from nepa_mm.datasets.images import IMAGE_SUFFIXES
 from nepa_mm.datasets.pipelines import use_one_reader
 from nepa_mm.utils.errors import UnreadableImageError
 from nepa_mm.utils.nested import dicts
-from nepa_mm.utils.random_state import kept_random_state
+from nepa_mm.utils.random_state import preserve_rng_state
 
 # How each launcher tells a process its place; mmengine reads the same variables.
 LAUNCHER_VARIABLES = dict(
@@ -128,7 +128,7 @@ def look_at(runner, name, dataset, metrics=()):
     if runner.cfg.get('default_scope') == 'mmseg':
         from nepa_mm.apis.segmentation_checks import check_masks
         check_masks(runner, dataset, name, metrics)
-    with kept_random_state(), suppress(UnreadableImageError, IndexError):
+    with preserve_rng_state(), suppress(UnreadableImageError, IndexError):
         dataset[0]
 
 

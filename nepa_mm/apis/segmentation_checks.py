@@ -13,14 +13,14 @@ from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
 
-from nepa_mm.datasets.classes import leaves
+from nepa_mm.datasets.classes import base_datasets
 from nepa_mm.datasets.images import IMAGE_SUFFIXES, ORIENTATION, open_image, read_bytes
 from nepa_mm.datasets.pipelines import slots
 from nepa_mm.datasets.transforms.masks import LoadCheckedMask, join, listing, values_of
 from nepa_mm.evaluation.iou_metric import CheckedIoUMetric
 from nepa_mm.utils.errors import DataError
 from nepa_mm.utils.nested import dicts
-from nepa_mm.utils.outputs import pages_of
+from nepa_mm.utils.outputs import dataset_pages
 
 TURNED = (5, 6, 7, 8)   # EXIF orientations that exchange height and width
 
@@ -75,7 +75,7 @@ def check_segmentation_data(dataset, num_classes, ignore_index=255, name='data s
         ValueError: The data set names another number of classes than ``num_classes``.
     """
     warnings, read, seen, names = [], [], set(), None
-    for part in leaves(dataset):
+    for part in base_datasets(dataset):
         steps = [steps[index] for steps, index in slots(part.pipeline)]
         loader = next((step for step in steps if isinstance(step, LoadAnnotations)), None)
         if not isinstance(part, BaseSegDataset) or loader is None:
@@ -301,7 +301,7 @@ def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
         list[str]: What was replaced, for the log.
     """
     replaced = set()
-    for part in leaves(dataset):
+    for part in base_datasets(dataset):
         for steps, index in slots(part.pipeline):
             old = steps[index]
             if type(old) is LoadAnnotations:
@@ -311,6 +311,6 @@ def look_while_reading(dataset, metrics, num_classes, ignore_index=255):
         if type(metric) is IoUMetric:
             metric.__class__ = CheckedIoUMetric
             if metric.output_dir:
-                metric.pages = pages_of(dataset, metric.output_dir)
+                metric.pages = dataset_pages(dataset, metric.output_dir)
             replaced.add('IoUMetric by CheckedIoUMetric')
     return [f'Replaced: {join(sorted(replaced))}.'] if replaced else []

@@ -1,1 +1,1 @@
-"""Checkpoints of any origin: read safely, converted, loaded into a network."""
+"""Read checkpoints safely, convert them, and load them into a network."""

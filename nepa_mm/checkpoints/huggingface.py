@@ -1,15 +1,16 @@
-"""The published weights (Hugging Face layout of github.com/SihanXU/nepa) in our names and back.
+"""Conversion of state dicts between published names and ours, in both directions.
 
-Pure functions on state dicts; their configs are in convert_config.py. Two things differ
-besides the names: query, key and value are one matrix here, and the classifier's parts
-live in the backbone (``fc_norm``) and the head (``fc``).
+Published weights have the Hugging Face layout of github.com/SihanXU/nepa. huggingface_config.py
+converts their configs. Besides names, two things differ: here query, key and value are one matrix,
+and a classifier is split into backbone (``fc_norm``) and head (``fc``).
 """
 import re
+from collections.abc import Iterable
 
 import torch
 from mmengine.registry import MODELS, DefaultScope
 
-# published name below `vit_nepa.` <-> name below `backbone.`; {} stands for the block's number
+# published name without `vit_nepa.` -> our name without `backbone.`; {} is the block's number
 NAMES = {
     'embeddings.cls_token': 'cls_token',
     'embeddings.patch_embeddings.projection': 'patch_embed.projection',
@@ -29,12 +30,12 @@ PARTS = ('query', 'key', 'value')
 QKV = 'vit_nepa.encoder.layer.{}.attention.attention.query', 'backbone.layers.{}.attn.qkv'
 OUTER = {'fc_norm': 'backbone.fc_norm', 'classifier': 'head.fc'}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# in a file and in no network of ours: the token of masked modelling, which NEPA does not use
+# the token of masked modelling, which files contain and NEPA does not use
 DROPPED = ('vit_nepa.embeddings.mask_token', 'mask_token')
 
 
-def rename(key, names):
-    """Translate by a table of templates, keeping the block's number and the last part."""
+def _rename(key, names):
+    """Rename by a table of templates; keeps the block's number, and ``.weight`` or ``.bias``."""
     for source, target in names.items():
         match = re.fullmatch(re.escape(source).replace(r'\{\}', r'(\d+)') + r'(\.weight|\.bias|)',
                              key)
@@ -44,16 +45,16 @@ def rename(key, names):
     raise ValueError(f'The tensor {key} belongs to no NEPA model.')
 
 
-def match_names(keys, to):
-    """Which published tensors make up which of ours.
+def match_names(keys: Iterable[str], to: str) -> dict[str, list[str]]:
+    """Map our tensor names to published names.
 
     Args:
         keys (Iterable[str]): Names of the tensors in the file.
-        to (str): 'mm': the names are published ones; 'hf': they are ours.
+        to (str): Target format. 'mm': ``keys`` are published names; 'hf': ``keys`` are ours.
 
     Returns:
-        dict[str, list[str]]: For each of our names the published one, or the three
-        of query, key and value. What is in ``DROPPED`` is left out.
+        dict[str, list[str]]: For each of our names the published name, or the three names of
+        query, key and value. Skips names in ``DROPPED``.
 
     Raises:
         ValueError: A name belongs to no NEPA model, or a query, key or value is missing.
@@ -65,31 +66,31 @@ def match_names(keys, to):
     if to == 'hf':
         back = {v: k for k, v in names.items()}
         query = {QKV[1]: QKV[0]}
-        return {key: [rename(key, query).replace('.query.', f'.{part}.') for part in PARTS]
-                if '.attn.qkv.' in key else [rename(key, back)] for key in keys}
+        return {key: [_rename(key, query).replace('.query.', f'.{part}.') for part in PARTS]
+                if '.attn.qkv.' in key else [_rename(key, back)] for key in keys}
     pairs = {}
     for key in keys:
         qkv = re.search(r'\.attention\.attention\.(query|key|value)\.', key)
         if not qkv:
-            pairs[rename(key, names)] = [key]
+            pairs[_rename(key, names)] = [key]
             continue
         parts = [key.replace(f'.{qkv[1]}.', f'.{part}.') for part in PARTS]
         missing = [part for part in parts if part not in keys]
         if missing:
             raise ValueError(f'The tensor {missing[0]} is missing beside {key}.')
-        pairs[rename(parts[0], dict([QKV]))] = parts
+        pairs[_rename(parts[0], dict([QKV]))] = parts
     return pairs
 
 
-def from_published(state_dict):
-    """Published tensors in our names.
+def from_published(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Convert published tensors to our names.
 
     Args:
-        state_dict (dict[str, Tensor]): Keys as published: below ``vit_nepa.``, and
-            ``fc_norm`` and ``classifier`` of a classifier.
+        state_dict (dict[str, Tensor]): Published keys: prefix ``vit_nepa.``; a classifier also
+            has ``fc_norm`` and ``classifier``.
 
     Returns:
-        dict[str, Tensor]: Keys below ``backbone.``, and ``head.fc`` of a classifier.
+        dict[str, Tensor]: Keys with prefix ``backbone.``; a classifier also has ``head.fc``.
 
     Raises:
         ValueError: See :func:`match_names`.
@@ -99,14 +100,14 @@ def from_published(state_dict):
             for ours, parts in match_names(state_dict, 'mm').items()}
 
 
-def to_published(state_dict):
-    """Our tensors in published names: the inverse of :func:`from_published`.
+def to_published(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Convert our tensors to published names: the inverse of :func:`from_published`.
 
     Args:
-        state_dict (dict[str, Tensor]): Keys below ``backbone.`` and ``head.fc``.
+        state_dict (dict[str, Tensor]): Keys with prefix ``backbone.`` or ``head.fc``.
 
     Returns:
-        dict[str, Tensor]: Keys as published.
+        dict[str, Tensor]: Published keys.
 
     Raises:
         ValueError: See :func:`match_names`.
@@ -116,24 +117,23 @@ def to_published(state_dict):
             for part, tensor in zip(parts, state_dict[ours].chunk(len(parts)))}
 
 
-def fit(state_dict, model):
-    """Check that tensors are exactly those of a model; missing QK-norms start as no-ops.
+def fit(state_dict: dict[str, torch.Tensor], model: dict) -> list[str]:
+    """Check that tensors are exactly those of a model; add missing QK-norms as no-ops.
 
     Args:
-        state_dict (dict[str, Tensor]): In our names; the missing weights (one) and
-            biases (zero) of QK-norm are added in place.
-        model (dict): Config of the model, as :func:`model_cfg` gives it.
+        state_dict (dict[str, Tensor]): Tensors in our names. Missing weights (one) and biases
+            (zero) of QK-norm are added in place.
+        model (dict): Config of the model, see :func:`model_cfg`.
 
     Returns:
-        list[str]: The names that were added.
+        list[str]: Names of the added tensors.
 
     Raises:
-        ValueError: The model cannot be built. Or another tensor is missing, one is unknown to
-            the model, or one has another shape, or numbers that are not finite; the message
-            names it.
+        ValueError: The model cannot be built. Or a tensor is missing, is not in the model, has
+            another shape, or is not floating-point and finite; the message names it.
     """
     last = f'backbone.layers.{model["backbone"]["arch"]["num_layers"] - 1}.ln1.weight'
-    if last not in state_dict:      # before a million blocks are built
+    if last not in state_dict:      # before a config requests millions of blocks
         raise ValueError(f'The file has no tensor {last}, which the network of its config has.')
     try:
         with torch.device('meta'), DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -152,7 +152,7 @@ def fit(state_dict, model):
             raise ValueError(f'The tensor {key} has shape {tuple(tensor.shape)}, but the network '
                              f'of its config needs {tuple(wanted[key].shape)}.')
         if tensor.dtype not in FLOATS:
-            raise ValueError(f'The tensor {key} holds {tensor.dtype}, no floating-point numbers.')
+            raise ValueError(f'The tensor {key} holds {tensor.dtype}, not floating-point numbers.')
         if not tensor.isfinite().all():
             raise ValueError(f'The tensor {key} holds NaN or infinity.')
     dtype = next(iter(state_dict.values())).dtype
@@ -161,14 +161,14 @@ def fit(state_dict, model):
     return new
 
 
-def fold_layer_scale(state_dict):
-    """Multiply LayerScale into the projections before it; the outputs stay the same.
+def fold_layer_scale(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Multiply LayerScale into the projections before it; the function stays the same.
 
     Args:
-        state_dict (dict[str, Tensor]): In our names, with LayerScale.
+        state_dict (dict[str, Tensor]): Tensors in our names, with LayerScale.
 
     Returns:
-        dict[str, Tensor]: Without it, for ``layer_scale_init_value=None``.
+        dict[str, Tensor]: Tensors without LayerScale, for ``layer_scale_init_value=None``.
 
     Raises:
         ValueError: There is no LayerScale.

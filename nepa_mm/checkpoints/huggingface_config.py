@@ -1,7 +1,7 @@
-"""The published ``config.json`` and our model configs, each from the other: pure functions.
+"""Conversion between a published ``config.json`` and our model configs, in both directions.
 
-Nothing that a file says is executed: not the text of a recorded config, and no class that it
-names, but those of this format, is ever built.
+The functions execute nothing from a file: they evaluate no recorded config, and output only class
+names of this format.
 """
 from inspect import signature
 
@@ -19,7 +19,7 @@ ACTIVATIONS = {
 }
 QK_NORM = {None: {}, 'plain': dict(qk_norm=True), 'affine': dict(qk_norm=True, qk_norm_affine=True),
            'affine_bias': dict(qk_norm=True, qk_norm_affine=True, qk_norm_bias=True)}
-# the fields of a published config.json, with the value that a missing one stands for
+# fields of a published config.json and their defaults
 DEFAULTS = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
     use_gated_mlp=False, hidden_act='gelu', hidden_dropout_prob=0., attention_probs_dropout_prob=0.,
@@ -28,7 +28,7 @@ DEFAULTS = dict(
     drop_path_prob=0., add_pooling_layer=False, is_causal=True, pos_embed_shift=None,
     pos_embed_jitter=None, pos_embed_rescale=2.)
 
-# least value and what all are below, where a size or a count is not just positive
+# minimum and exclusive maximum, for fields other than positive integers
 RANGES = dict(
     hidden_dropout_prob=(0, 1), attention_probs_dropout_prob=(0, 1), drop_path_prob=(0, 1),
     layer_norm_eps=(1e-30, 1), rope_theta=(1e-6, 1e12), layerscale_value=(0, 1e6),
@@ -36,7 +36,7 @@ RANGES = dict(
     image_size=(1, 2 ** 14), patch_size=(1, 2 ** 14))
 PAIRS = ('image_size', 'patch_size')
 NULLABLE = ('layerscale_value', 'pos_embed_shift', 'pos_embed_jitter', 'pos_embed_rescale')
-# our argument -> the field that means the same
+# our argument -> equivalent published field
 FIELDS = dict(
     patch_size='patch_size', in_channels='num_channels', causal='is_causal', qkv_bias='qkv_bias',
     gated_mlp='use_gated_mlp', layer_scale_init_value='layerscale_value', norm_eps='layer_norm_eps',
@@ -47,8 +47,8 @@ ARCH_FIELDS = dict(embed_dims='hidden_size', num_layers='num_hidden_layers',
                    num_heads='num_attention_heads', feedforward_channels='intermediate_size')
 
 
-def complete_config(config):
-    """A published ``config.json`` with the format's defaults for the fields that are missing.
+def complete_config(config: dict) -> dict:
+    """Check a published ``config.json`` and add the format's defaults for missing fields.
 
     Args:
         config (dict): The published fields. Fields that are not in ``DEFAULTS`` are kept.
@@ -57,8 +57,8 @@ def complete_config(config):
         dict: ``config`` and the missing fields.
 
     Raises:
-        ValueError: It is no dict, describes another kind of model, or a field has a value
-            that the format does not know; the message names the field.
+        ValueError: ``config`` is not a dict or describes another architecture, or a field has an
+            invalid value; the message names the field.
     """
     if not isinstance(config, dict):
         raise ValueError(f'A published config is a JSON object, got {repr(config)[:50]}.')
@@ -85,25 +85,26 @@ def complete_config(config):
 
 
 def _known(key, value):
+    """Whether a value of a field is valid."""
     default = DEFAULTS[key]
     if value is None:
         return key in NULLABLE
     if isinstance(default, (bool, str)) or isinstance(value, bool):
         return type(value) is type(default)
-    low, high = RANGES.get(key, (1, 2 ** 31))       # no tensor has as many of anything
+    low, high = RANGES.get(key, (1, 2 ** 31))       # 2 ** 31 exceeds every size of a tensor
     return isinstance(value, int if isinstance(default, int) else (int, float)) and (
         low <= value < high)
 
 
-def backbone_cfg(config):
-    """The arguments of :class:`NEPAViT` for a published ``config.json``.
+def backbone_cfg(config: dict) -> dict:
+    """Build the config of :class:`NEPAViT` from a published ``config.json``.
 
     Args:
         config (dict): The published fields, see :func:`complete_config`.
 
     Returns:
-        dict: Config with ``type='NEPAViT'``; the output is the one that the published
-        classifier reads (patch mean and ``fc_norm``, or the last token).
+        dict: Config with ``type='NEPAViT'``. Its output is the input of the published classifier
+        (patch mean and ``fc_norm``, or the last token).
 
     Raises:
         ValueError: See :func:`complete_config`.
@@ -121,12 +122,12 @@ def backbone_cfg(config):
         out_type='avg_featmap' if pooled else 'last_token', fc_norm=pooled)
 
 
-def model_cfg(config, num_classes=None):
-    """The model for a published ``config.json``: :class:`NEPA`, or a classifier.
+def model_cfg(config: dict, num_classes: int | None = None) -> dict:
+    """Build the config of :class:`NEPA` or a classifier from a published ``config.json``.
 
     Args:
         config (dict): The published fields, see :func:`complete_config`.
-        num_classes (int, optional): Classes of a classifier, None for the pretraining
+        num_classes (int, optional): Number of classes of a classifier; None for the pretraining
             model. Defaults to None.
 
     Returns:
@@ -141,20 +142,20 @@ def model_cfg(config, num_classes=None):
     return dict(type='ImageClassifier', backbone=backbone, head=head)
 
 
-def published_config(model, stored=None):
-    """The published ``config.json`` for a model of ours; the inverse of :func:`model_cfg`.
+def published_config(model: dict, stored: dict | None = None) -> dict:
+    """Build the published ``config.json`` of a model; the inverse of :func:`model_cfg`.
 
     Args:
         model (dict): Config of ``NEPA`` or of an ``ImageClassifier``.
-        stored (dict, optional): The published fields that the model came from. They
-            are kept where they say the same. Defaults to None.
+        stored (dict, optional): Published fields that the model was converted from. Fields with
+            the same meaning are kept. Defaults to None.
 
     Returns:
         dict: The published fields.
 
     Raises:
-        ValueError: An option has no published counterpart; the message names it. Or the
-            model is not made of the classes above, or lacks what they need.
+        ValueError: An option has no published counterpart; the message names it. Or the model
+            has other classes than the above, or lacks their required fields.
     """
     try:
         config = _published_config(model, stored)
@@ -208,6 +209,6 @@ def _published_config(model, stored):
     if stored.get('hidden_act', DEFAULTS['hidden_act']) not in acts:
         config['hidden_act'] = acts[0]
     same = DEFAULTS | stored
-    if same['qk_norm'] and config['qk_norm']:   # qk_norm_bias means nothing without qk_norm_affine
+    if same['qk_norm'] and config['qk_norm']:   # qk_norm_bias has no effect without qk_norm_affine
         same['qk_norm_bias'] &= same['qk_norm_affine']
     return stored | {key: value for key, value in config.items() if same[key] != value}

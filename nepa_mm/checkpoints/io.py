@@ -1,9 +1,10 @@
-"""Reading weights of any origin, and writing them."""
+"""Read checkpoints of any origin, and write weights."""
 import json
 import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -24,9 +25,10 @@ from safetensors.torch import save_file
 from nepa_mm.checkpoints.hub import download
 from nepa_mm.checkpoints.huggingface import from_published
 from nepa_mm.checkpoints.safe_load import safe_load
+from nepa_mm.utils.errors import first_line
 from nepa_mm.utils.files import atomic_write
 
-# what a file may hold in these places, if anything
+# valid types of optional entries
 PARTS = dict(meta=dict, state_dict=dict, ema_state_dict=dict, message_hub=dict,
              optimizer=dict, param_schedulers=(dict, list))
 META = dict(
@@ -40,16 +42,15 @@ PUBLISHED_FILES = dict(raw=('model.safetensors', 'pytorch_model.bin'),
                        ema=('pytorch_model_ema.bin',))
 
 
-def locate(path, weights=None):
-    """The weight file behind a path, a published folder, or an address on the Hugging Face Hub.
+def locate(path: str | Path, weights: str | None = None) -> str:
+    """Find the weight file of a path, a published folder, or a Hugging Face Hub address.
 
     Args:
-        path (str): A file or an address, returned as it is; a folder with
-            ``config.json`` and weights; or ``hf://owner/name[@revision]``, which is
-            downloaded through huggingface_hub into its cache.
-        weights (str, optional): 'ema' takes ``pytorch_model_ema.bin`` of a folder; None
-            and 'raw' take ``model.safetensors``, or else ``pytorch_model.bin``.
-            Defaults to None.
+        path (str | Path): A file or another address, returned unchanged; a folder with
+            ``config.json`` and weights; or ``hf://owner/name[@revision]``, downloaded to
+            huggingface_hub's cache.
+        weights (str, optional): 'ema' selects ``pytorch_model_ema.bin`` of a folder; None and
+            'raw' select ``model.safetensors``, or else ``pytorch_model.bin``. Defaults to None.
 
     Returns:
         str: Path of the file.
@@ -65,7 +66,7 @@ def locate(path, weights=None):
     if '://' in path or not folder.is_dir():
         return path
     if not (folder / 'config.json').is_file():
-        raise FileNotFoundError(f'The folder {path} has no config.json, so it is no published '
+        raise FileNotFoundError(f'The folder {path} has no config.json, so it is not a published '
                                 'checkpoint; name the weight file itself.')
     for name in names:
         if (folder / name).is_file():
@@ -73,29 +74,30 @@ def locate(path, weights=None):
     raise FileNotFoundError(f'The folder {path} has no {" and no ".join(names)}.')
 
 
-def read_checkpoint(path, map_location='cpu', weights=None):
-    """Read a checkpoint without executing anything that it contains, see safe_load.py.
+def read_checkpoint(path: str | Path, map_location: str = 'cpu',
+                    weights: str | None = None) -> dict:
+    """Read a checkpoint without executing anything in it, see safe_load.py.
 
-    Published weights (keys below ``vit_nepa.``) come out in our names.
+    Keys of published weights (prefix ``vit_nepa.``) are renamed to ours.
 
     Args:
-        path (str): A ``.safetensors`` file; any other file is one of ``torch.save``; a published
-            folder or ``hf://owner/name[@revision]``, see :func:`locate`; or an address
-            that mmengine's ``CheckpointLoader`` knows.
-        map_location (str): Device of the tensors; 'meta' leaves what they hold on the disk.
-            Defaults to 'cpu'.
-        weights (str, optional): Which file of a published folder, see :func:`locate`.
-            Defaults to None.
+        path (str | Path): A ``.safetensors`` file; any other file is read as one of
+            ``torch.save``; a published folder or ``hf://owner/name[@revision]``, see
+            :func:`locate`; or an address that mmengine's ``CheckpointLoader`` supports.
+        map_location (str): Device of the tensors; 'meta' does not read their values. Defaults to
+            'cpu'.
+        weights (str, optional): File of a published folder, see :func:`locate`. Defaults to None.
 
     Returns:
-        dict: A checkpoint with at least the keys ``state_dict`` and ``meta``; published weights
-        also have ``published_names``, a list. Of what OpenMMLab would evaluate, the text of the
-        config is ``meta['config_text']``, and the rest is left out, see :func:`without_programs`.
+        dict: A checkpoint with at least the keys ``state_dict`` and ``meta``. Published weights
+        also have ``published_names``, a list. Text that OpenMMLab would evaluate is removed,
+        except for the config, which is in ``meta['config_text']``, see
+        :func:`remove_evaluated_text`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is torn, is no checkpoint, or is a pickle with other classes; the
-            message names the class and how to allow it.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is truncated, corrupt, not a checkpoint, or a pickle with other
+            classes; the message names the class and how to allow it.
     """
     checkpoint = load_from_nepa_mm(path, map_location, weights)
     if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint:
@@ -108,18 +110,19 @@ def read_checkpoint(path, map_location='cpu', weights=None):
 
 
 @CheckpointLoader.register_scheme(['', *CheckpointLoader._schemes], force=True)
-def load_from_nepa_mm(filename, map_location=None, weights=None):
-    """Take the place of every loader of mmengine, so that each entrance reads as safely.
+def load_from_nepa_mm(filename: str | Path, map_location: str | None = None,
+                      weights: str | None = None) -> Any:
+    """Load a checkpoint for mmengine; replaces all its loaders, so every entry point is safe.
 
-    Those of mmengine repeat with ``weights_only=False`` what was refused.
+    mmengine's loaders retry a rejected file with ``weights_only=False``.
 
     Args:
-        filename (str): See :func:`read_checkpoint`.
+        filename (str | Path): See :func:`read_checkpoint`.
         map_location (str, optional): Device of the tensors. Defaults to None, the CPU.
         weights (str, optional): See :func:`read_checkpoint`. Defaults to None.
 
     Returns:
-        Any: What the file holds, as OpenMMLab expects it: other keys than ``state_dict``, too.
+        Any: Content of the file as OpenMMLab expects it, including keys besides ``state_dict``.
 
     Raises:
         FileNotFoundError, ValueError: See :func:`read_checkpoint`.
@@ -128,10 +131,10 @@ def load_from_nepa_mm(filename, map_location=None, weights=None):
         if not file.is_file():
             raise FileNotFoundError(f'The checkpoint {filename} does not exist.')
         try:
-            checkpoint = without_programs(_read_file(file, map_location))
+            checkpoint = remove_evaluated_text(_read_file(file, map_location))
         except Exception as error:      # pickle, zip, torch and safetensors each raise their own
             raise ValueError(
-                f'{filename} is no checkpoint that can be read safely: {_reason(error)}.'
+                f'{filename} is not a checkpoint that can be read safely: {_reason(error)}.'
             ) from error
     published = checkpoint
     if isinstance(checkpoint, dict) and 'state_dict' in checkpoint:
@@ -148,7 +151,7 @@ def load_from_nepa_mm(filename, map_location=None, weights=None):
 
 @contextmanager
 def _local(path, weights):
-    """The file behind a path or an address, downloaded if need be."""
+    """Yield the local file of a path or an address, downloaded if necessary."""
     scheme, _, name = path.rpartition('://')
     try:
         if scheme in ('modelzoo', 'torchvision'):
@@ -171,9 +174,9 @@ def _local(path, weights):
 
 
 def _downloaded(address):
-    """A file from the web, in the cache of torch.hub as mmengine has it."""
+    """Download a file to the cache of torch.hub, as mmengine does."""
     file = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(address).path).name)
-    for main in (True, False):      # one process downloads, and the others wait
+    for main in (True, False):      # the main process downloads while the other processes wait
         if main == dist.is_main_process() and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -191,22 +194,23 @@ def _is_state_dict(tensors):
         for key, tensor in tensors.items())
 
 
-def without_programs(checkpoint):
-    """A checkpoint without what OpenMMLab evaluates or imports.
+def remove_evaluated_text(checkpoint: Any) -> Any:
+    """Remove the texts that OpenMMLab would evaluate, and check the types of common entries.
 
-    - ``Runner.resume`` evaluates the text in ``meta['config']``, and inferencers without a config
-      those in ``meta['cfg']`` and ``runtime_info['cfg']``. Imports and the types of a config may be
-      anything, so the text goes to ``meta['config_text']``, where nobody evaluates it.
-    - Of the files that ``runtime_info`` names AtomicCheckpointHook removes its own alone.
+    ``Runner.resume`` evaluates ``meta['config']``. Inferencers without a config evaluate
+    ``meta['cfg']`` and ``runtime_info['cfg']``. A config can import and build anything, so its
+    text is moved to ``meta['config_text']``, which is never evaluated.
+
+    ``runtime_info`` also names files; AtomicCheckpointHook removes only those that it wrote.
 
     Args:
-        checkpoint (Any): What a file holds; a dict is changed in place.
+        checkpoint (Any): Content of a file; a dict is changed in place.
 
     Returns:
         Any: ``checkpoint``.
 
     Raises:
-        ValueError: A part of it that everybody relies on is something else.
+        ValueError: A common entry has another type.
     """
     if not isinstance(checkpoint, dict) or _is_state_dict(checkpoint):
         return checkpoint
@@ -240,36 +244,36 @@ def _read_file(file, map_location):
 
 
 def _reason(error):
-    """Why the file was refused, in a line; of another class also how to allow it."""
-    text = str(error)
-    foreign = re.search(r'Unsupported global: GLOBAL (\S+)', text)
+    """Reason for rejecting a file, in one line; for an unknown class also how to allow it."""
+    foreign = re.search(r'Unsupported global: GLOBAL (\S+)', str(error))
     if foreign:
-        return (f'it holds {foreign[1]}, and what is no tensor, number, text or log record may '
-                'execute something; a class that you trust can be allowed by '
-                'torch.serialization.add_safe_globals, in a module of custom_imports, say')
-    return text.strip().split('\n')[0].rstrip('.') or type(error).__name__
+        return (f'it holds {foreign[1]}, which may execute code: only tensors, numbers, texts and '
+                'log records are safe; a class that you trust can be allowed by '
+                'torch.serialization.add_safe_globals, e.g. in a module of custom_imports')
+    return first_line(error)
 
 
-def save_weights(state_dict, path, for_transformers=False, **meta):
-    """Write a ``.safetensors`` file that :func:`read_checkpoint` understands.
+def save_weights(state_dict: dict[str, torch.Tensor], path: str | Path,
+                 for_transformers: bool = False, **meta: Any) -> None:
+    """Write a ``.safetensors`` file for :func:`read_checkpoint`.
 
     Args:
         state_dict (dict[str, Tensor]): The tensors.
-        path (str): The file.
-        for_transformers (bool): Whether to add the entry that transformers asks for. Without
-            it equal content gives equal bytes: safetensors shuffles entries. Defaults to
-            False.
-        **meta: What ``checkpoint['meta']`` will hold: values that JSON knows.
+        path (str | Path): The file.
+        for_transformers (bool): Whether to add the metadata entry that transformers requires.
+            safetensors shuffles several entries, so only without it equal content yields equal
+            bytes. Defaults to False.
+        **meta: JSON-serialisable content of ``checkpoint['meta']``.
 
     Raises:
         FileExistsError: The file exists.
+        ValueError: ``meta`` is not JSON-serialisable.
     """
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state_dict.items()}
     try:
         entries = dict(nepa_mm=json.dumps(meta))
     except (TypeError, ValueError) as error:
-        raise ValueError(f'What the checkpoint says beside its tensors is no JSON: {error}.'
-                         ) from error
+        raise ValueError(f'The meta of the checkpoint is not JSON: {error}.') from error
     if for_transformers:
         entries['format'] = 'pt'
     with atomic_write(path) as temporary:

@@ -1,105 +1,109 @@
-"""Weights of a checkpoint into a network: which set, what fits, and what is new."""
+"""Load checkpoint weights into a network: choose the set, check the fit, log what is new."""
 import logging
+from argparse import ArgumentParser
 from inspect import signature
+from typing import Any
 
 from mmengine.logging import print_log
+from torch import Tensor, nn
 
 from nepa_mm.checkpoints.io import read_checkpoint
 from nepa_mm.checkpoints.recorded import recorded_model
 
-# Parts of a backbone that every task reads; norms at its output are a task's own.
+# Parts of a backbone that every task uses; output norms belong to a task.
 INNER = ('patch_embed', 'cls_token', 'register_tokens', 'pos_embed', 'layers')
 WEIGHTS = (None, 'ema', 'raw')
 
 
-def select_weights(checkpoint, weights=None, name='the checkpoint'):
-    """The raw or the averaged state dict of a checkpoint.
+def select_weights(checkpoint: dict, weights: str | None = None,
+                   name: str = 'the checkpoint') -> dict[str, Tensor]:
+    """Return the raw or the EMA weights of a checkpoint.
 
-    A run with an EMA hook saves two sets: ``state_dict`` is the average, and
-    ``ema_state_dict``, whatever its name says, holds the raw weights.
+    A run with an EMA hook saves two sets: ``state_dict`` holds the EMA weights, and
+    ``ema_state_dict``, despite its name, the raw weights.
 
     Args:
-        checkpoint (dict): What :func:`read_checkpoint` returns.
-        weights (str, optional): 'ema', 'raw', or None for what the file offers
-            first: the average if there is one. Defaults to None.
-        name (str): What error messages call it.
+        checkpoint (dict): Result of :func:`read_checkpoint`.
+        weights (str, optional): 'ema', 'raw', or None for the EMA weights if present, else raw.
+            Defaults to None.
+        name (str): Name of the checkpoint in error messages. Defaults to 'the checkpoint'.
 
     Returns:
         dict[str, Tensor]: The chosen state dict.
 
     Raises:
-        ValueError: ``weights`` is something else, or the file has no such set.
+        ValueError: ``weights`` is unknown, or the file does not have this set.
     """
     if weights not in WEIGHTS:
         raise ValueError(f'weights must be one of {WEIGHTS}, got {weights!r}.')
     raw = checkpoint.get('ema_state_dict')
-    first = weights_of(checkpoint)
+    first = which_weights(checkpoint)
     if weights == 'ema' and first != 'ema':
-        raise ValueError(f"{name} was saved without an average: weights='ema' is not in it, "
+        raise ValueError(f"{name} was saved without EMA weights: weights='ema' is not in it, "
                          "use weights='raw' or leave it out.")
     if weights == 'raw' and raw is not None:
         return {key.removeprefix('module.'): value for key, value in raw.items() if key != 'steps'}
     if weights == 'raw' and first == 'ema':
-        raise ValueError(f"{name} holds the average alone: weights='raw' is not in it, "
+        raise ValueError(f"{name} holds only EMA weights: weights='raw' is not in it, "
                          "use weights='ema' or leave it out.")
     return checkpoint['state_dict']
 
 
-def weights_of(checkpoint, asked=None):
-    """Which set :func:`select_weights` takes, 'ema' or 'raw'; ``asked`` is its ``weights``."""
-    if asked:
-        return asked
+def which_weights(checkpoint: dict, weights: str | None = None) -> str:
+    """The set that :func:`select_weights` returns for these arguments: 'ema' or 'raw'."""
+    if weights:
+        return weights
     recorded = checkpoint.get('meta', {}).get('weights', {})
     return recorded.get('state_dict', 'ema' if 'ema_state_dict' in checkpoint else 'raw')
 
 
-def add_weights_argument(parser):
-    """Give a tool the flag by which every tool lets one choose the set of weights."""
+def add_weights_argument(parser: ArgumentParser) -> None:
+    """Add the flag ``--weights``, which all tools share."""
     parser.add_argument(
         '--weights', choices=[name for name in WEIGHTS if name],
-        help='the average or the raw weights; default: the average if the file has one (of a '
-        'published folder model.safetensors, which transformers reads, too)')
+        help='EMA or raw weights; default: EMA if the file has them (of a published folder '
+        'model.safetensors, which transformers reads, too)')
 
 
-def unwrapped(model):
-    """The network within DistributedDataParallel and test-time augmentation."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside wrappers such as DistributedDataParallel and test-time augmentation."""
     while hasattr(model, 'module'):
         model = model.module
     return model
 
 
-def load_pretrained(module, checkpoint, prefix='', weights=None, map_location='cpu',
-                    adapt_input_conv=False):
-    """Load what fits from a checkpoint, and say in the log what did and what did not.
+def load_pretrained(
+        module: nn.Module, checkpoint: str, prefix: str = '', weights: str | None = None,
+        map_location: str = 'cpu',
+        adapt_input_conv: bool = False) -> tuple[list[str], list[str], list[str]]:
+    """Load the matching tensors of a checkpoint, and log which matched and which did not.
 
     Args:
         module (nn.Module): The network to fill.
         checkpoint (str): See :func:`read_checkpoint`.
-        prefix (str): Only the keys below it are read, e.g. 'backbone.'. Defaults
-            to ''.
+        prefix (str): Load only keys with this prefix, e.g. 'backbone.'. Defaults to ''.
         weights (str, optional): See :func:`select_weights`. Defaults to None.
         map_location (str): Device of the tensors. Defaults to 'cpu'.
-        adapt_input_conv (bool): Whether a patch embedding of another number of channels is
-            adapted, by timm's function of that name. Defaults to False: it is
-            refused.
+        adapt_input_conv (bool): Whether to adapt a patch embedding for another number of channels,
+            by timm's function of that name. Defaults to False: raise an error.
 
     Returns:
-        tuple[list, list, list]: Names that matched, names of the module that
-        keep their initial value, names of the file that have no place.
+        tuple[list, list, list]: Names that matched, names of the module that keep their initial
+        value, names of the file that the module does not have.
 
     Raises:
         ValueError: No tensor matched, or the file holds another network, see
             :func:`check_network`.
     """
-    return _fill(module, checkpoint, prefix, weights, map_location, adapt_input_conv)[0]
+    return _load_matching(module, checkpoint, prefix, weights, map_location, adapt_input_conv)[0]
 
 
-def _fill(module, checkpoint, prefix='', weights=None, map_location='cpu',
-          adapt_input_conv=False):
-    """What :func:`load_pretrained` returns, which set of weights was taken, and the meta."""
+def _load_matching(module, checkpoint, prefix='', weights=None, map_location='cpu',
+                   adapt_input_conv=False):
+    """Return the result of :func:`load_pretrained`, the set of weights loaded, and the meta."""
     read = read_checkpoint(checkpoint, map_location, weights)
-    state_dict, which = select_weights(read, weights, checkpoint), weights_of(read, weights)
-    own, found = module.state_dict(), below(state_dict, prefix)
+    state_dict, which = select_weights(read, weights, checkpoint), which_weights(read, weights)
+    own, found = module.state_dict(), strip_prefix(state_dict, prefix)
     matched = [key for key in own if key in found]
     new = [key for key in own if key not in found]
     unused = [key for key in found if key not in own]
@@ -109,9 +113,9 @@ def _fill(module, checkpoint, prefix='', weights=None, map_location='cpu',
             f'the file has keys like {", ".join(list(state_dict)[:3])}; '
             f'the network wants keys like {prefix}{next(iter(own))}.')
     if adapt_input_conv:
-        found = adapted(own, found, checkpoint)
+        found = adapt_input_channels(own, found, checkpoint)
     check_network(own, found, checkpoint)
-    warn_of_other_function(module, read['meta'], checkpoint)
+    warn_if_function_differs(module, read['meta'], checkpoint)
     module.load_state_dict(found, strict=False)
     print_log(f'Loaded {len(matched)} of {len(own)} tensors of {type(module).__name__} '
               f'from the {which} weights of {checkpoint}. New, at their initial value: '
@@ -120,26 +124,32 @@ def _fill(module, checkpoint, prefix='', weights=None, map_location='cpu',
     return (matched, new, unused), which, read['meta']
 
 
-def below(state_dict, prefix):
-    """The tensors of a module, by their names within it."""
+def strip_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Select the tensors of a submodule, under their names within it."""
     prefix = prefix and prefix.rstrip('.') + '.'
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
             if name.startswith(prefix)}
 
 
-def adapted(own, found, name):
-    """The tensors of a checkpoint, with a patch embedding for the channels of the network.
+def adapt_input_channels(own: dict[str, Tensor], found: dict[str, Tensor],
+                         name: str) -> dict[str, Tensor]:
+    """Adapt the patch embedding of a checkpoint to the network's number of channels.
 
-    By timm's rule the kernels of three channels are summed for one: a grey image gives what its
-    three equal channels gave. For more they are repeated in order, cut off and scaled.
+    timm's rule. One channel: the kernels of three channels are summed, so a grey image yields the
+    output of three equal channels. More channels: kernels are repeated in order, cut and scaled.
+
+    Args:
+        own (dict[str, Tensor]): Tensors of the module.
+        found (dict[str, Tensor]): Tensors of the checkpoint, under the same names.
+        name (str): Name of the checkpoint in messages.
 
     Raises:
         ValueError: The weights are for other than three channels.
     """
-    from timm.models import adapt_input_conv  # which takes a second to import
+    from timm.models import adapt_input_conv  # this import takes a second
     found = dict(found)
     for key in own.keys() & found.keys():
-        if differs_in_channels(key, own, found):
+        if _differs_in_channels(key, own, found):
             print_log(f'{key} of {name} is adapted from {found[key].shape[1]} to '
                       f'{own[key].shape[1]} channels.', logger='current')
             if found[key].shape[1] != 3:
@@ -149,33 +159,34 @@ def adapted(own, found, name):
     return found
 
 
-def differs_in_channels(key, own, found):
-    """Whether a kernel of the patch embedding has another shape for its channels alone."""
+def _differs_in_channels(key, own, found):
+    """Whether a key is the patch embedding's kernel and differs only in the number of channels."""
     (out, channels, *size), (own_out, own_channels, *own_size) = (
         [*tensors[key].shape, 0, 0][:4] for tensors in (found, own))
     return (key.endswith('patch_embed.projection.weight') and channels != own_channels
             and (out, size) == (own_out, own_size))
 
 
-def check_network(own, found, name):
-    """Refuse tensors of another network.
+def check_network(own: dict[str, Tensor], found: dict[str, Tensor], name: str) -> None:
+    """Reject tensors of another network.
 
-    Norms at the output may be new or go unused, for each task reads another output. So may
-    QK-norm where it does nothing: new weights start at one, unused ones must be one.
+    Output norms may be missing or unused, because each task reads another output. QK-norm may be
+    missing or unused where it has no effect: new weights start at one, and unused weights must be
+    one, biases zero.
 
     Args:
-        own (dict[str, Tensor]): Of the module.
-        found (dict[str, Tensor]): Of the checkpoint, under the same names.
-        name (str): What error messages call the checkpoint.
+        own (dict[str, Tensor]): Tensors of the module.
+        found (dict[str, Tensor]): Tensors of the checkpoint, under the same names.
+        name (str): Name of the checkpoint in error messages.
 
     Raises:
-        ValueError: A tensor has another shape; one of a block, or of what precedes the blocks, is
-            missing or has no place.
+        ValueError: A tensor has another shape. Or a tensor of a block, or of a layer before the
+            blocks, is missing or unused.
     """
     for key in own.keys() & found.keys():
         if own[key].shape != found[key].shape:
             hint = 'is it another architecture, patch size or class count?'
-            if differs_in_channels(key, own, found):
+            if _differs_in_channels(key, own, found):
                 hint = 'adapt_input_conv=True in init_cfg adapts weights for 3 channels.'
             raise ValueError(f'{name} does not fit: {key} has shape {tuple(found[key].shape)}, '
                              f'but {tuple(own[key].shape)} is needed; {hint}')
@@ -183,12 +194,9 @@ def check_network(own, found, name):
     def inner(key):
         return key.removeprefix('backbone.').split('.')[0] in INNER
 
-    def is_qk_norm(key):
-        return '.q_norm.' in key or '.k_norm.' in key
-
-    missing = [key for key in own if key not in found and inner(key) and not is_qk_norm(key)]
+    missing = [key for key in own if key not in found and inner(key) and not _is_qk_norm(key)]
     unused = [key for key in found if key not in own and inner(key) and not (
-        is_qk_norm(key) and (found[key] == key.endswith('weight')).all())]
+        _is_qk_norm(key) and (found[key] == key.endswith('weight')).all())]
     if missing or unused:
         raise ValueError(f'{name} holds another network: ' + '; '.join(
             f'{what} {", ".join(keys[:3])}' + f' and {len(keys) - 3} more' * (len(keys) > 3)
@@ -196,13 +204,17 @@ def check_network(own, found, name):
             + '.')
 
 
-def warn_of_other_function(model, meta, name):
-    """Warn if a backbone computes something else with the tensors than what they were trained for.
+def _is_qk_norm(key):
+    return '.q_norm.' in key or '.k_norm.' in key
+
+
+def warn_if_function_differs(model: nn.Module, meta: dict, name: str) -> None:
+    """Warn if the recorded backbone computes another function of the same tensors.
 
     Args:
-        model (nn.Module): A NEPAViT, or a model with one as ``backbone``; others are not looked at.
-        meta (dict): Of the checkpoint.
-        name (str): What the warning calls the checkpoint.
+        model (nn.Module): A NEPAViT, or a model with one as ``backbone``; others are ignored.
+        meta (dict): Meta of the checkpoint.
+        name (str): Name of the checkpoint in the warning.
     """
     backbone = getattr(model, 'backbone', model)
     function = getattr(backbone, 'function', {})
@@ -215,8 +227,8 @@ def warn_of_other_function(model, meta, name):
                       logger='current', level=logging.WARNING)
 
 
-def load_strict(model, checkpoint, **kwargs):
-    """Load a whole model, as is needed before it predicts anything.
+def load_strict(model: nn.Module, checkpoint: str, **kwargs: Any) -> tuple[str, dict]:
+    """Load all weights of a model, before it predicts.
 
     Args:
         model (nn.Module): The network, or a wrapper, see :func:`unwrapped`.
@@ -224,15 +236,15 @@ def load_strict(model, checkpoint, **kwargs):
         **kwargs: ``prefix``, ``weights`` and others of :func:`load_pretrained`.
 
     Returns:
-        tuple[str, dict]: 'ema' or 'raw', the set of weights that was taken, and the file's meta.
+        tuple[str, dict]: The set of weights, 'ema' or 'raw', and the meta of the file.
 
     Raises:
-        ValueError: A tensor is missing or has another shape. The weights of QK-norm
-            may be missing; they do nothing at their initial value.
+        ValueError: A tensor is missing or has another shape. QK-norm may be missing, because it
+            has no effect at its initial value.
     """
-    (_, new, _), which, meta = _fill(unwrapped(model), checkpoint, **kwargs)
-    new = [name for name in new if '.q_norm.' not in name and '.k_norm.' not in name]
+    (_, new, _), which, meta = _load_matching(unwrapped(model), checkpoint, **kwargs)
+    new = [name for name in new if not _is_qk_norm(name)]
     if new:
-        raise ValueError(f'{checkpoint} lacks what the config has, and what was never trained '
+        raise ValueError(f'{checkpoint} lacks tensors that the config has, and untrained weights '
                          f'cannot predict: {", ".join(new)}.')
     return which, meta

@@ -1,27 +1,30 @@
-"""The checkpoint from which a run can resume."""
+"""Find the checkpoint from which a run can resume."""
 import os
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from nepa_mm.checkpoints.io import read_checkpoint
 
 
-def find_resumable_checkpoint(work_dir, needed=('optimizer', 'message_hub')):
-    """The checkpoint of a run that is furthest along of those that are whole.
+def find_resumable_checkpoint(
+        work_dir: str | Path,
+        needed: Sequence[str] = ('optimizer', 'message_hub')) -> tuple[str | None, list[str]]:
+    """Find the intact checkpoint of a run with the most progress.
 
-    How far one is it says itself, in its meta, for times and names of files change when they
-    are copied. Whole are its checksums, what can be read, and what a resume needs.
+    Progress is read from the meta of each file, because copying changes times and names. A file
+    is intact if its checksums match, it can be read, and it has the needed entries.
 
     Args:
-        work_dir (str): Folder with the files of the checkpoint hook. A file of another name
-            counts if ``last_checkpoint`` names it.
-        needed (tuple[str]): Entries that a resume needs beside ``state_dict``. Defaults to
+        work_dir (str | Path): Folder with the files of the checkpoint hook. A file of another
+            name is considered if ``last_checkpoint`` names it.
+        needed (Sequence[str]): Entries that a resume needs besides ``state_dict``. Defaults to
             ('optimizer', 'message_hub').
 
     Returns:
-        tuple[str | None, list[str]]: The file, None if there is none; what is wrong with
-        each that may be further along, a sentence each.
+        tuple[str | None, list[str]]: The file, or None; one sentence for each rejected file that
+        may have more progress.
     """
     work_dir, progress, problems = Path(work_dir), {}, []
     names = {file.name for pattern in ('epoch_*.pth', 'iter_*.pth', 'interrupted.pth')
@@ -39,7 +42,7 @@ def find_resumable_checkpoint(work_dir, needed=('optimizer', 'message_hub')):
             problems.append(str(error))
     for file in sorted(progress, key=progress.get, reverse=True):
         try:
-            checkpoint = read_checkpoint(file)      # which looks at checksums
+            checkpoint = read_checkpoint(file)      # verifies checksums
             lacking = [key for key in needed if key not in checkpoint]
             if lacking:
                 raise ValueError(f'{file} has no {" and no ".join(lacking)}.')
@@ -50,15 +53,15 @@ def find_resumable_checkpoint(work_dir, needed=('optimizer', 'message_hub')):
 
 
 def _progress(file):
-    """How far a checkpoint is: samples seen (or iterations), epochs, whether it was validated."""
+    """Sort key of a checkpoint: samples seen (or iterations), epochs, whether it was validated."""
     if not file.is_file():
         raise ValueError(f'{file} is no file.')
     if not zipfile.is_zipfile(file):
-        raise ValueError(f'{file} is torn.')
-    meta = read_checkpoint(file, 'meta')['meta']        # tensors stay on the disk
+        raise ValueError(f'{file} is truncated or corrupt.')
+    meta = read_checkpoint(file, 'meta')['meta']        # does not read the tensors
     run = meta.get('run')
     seen = run.get('seen') if isinstance(run, dict) else None
     found = [meta.get('iter') if seen is None else seen, meta.get('epoch')]
     if not all(type(number) is int for number in found):
-        raise ValueError(f'{file} does not say how far the run was.')
+        raise ValueError(f'{file} does not record the progress of the run.')
     return *found, bool(meta.get('validating'))

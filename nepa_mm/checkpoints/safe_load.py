@@ -1,44 +1,46 @@
-"""Read what ``torch.save`` wrote as tensors and plain values: nothing in it is ever called.
+"""Read files of ``torch.save`` as tensors and plain values, without calling anything in them.
 
-``torch.load(weights_only=True)`` lets a pickle call the names of a list. Some of those call what
-they are given, or take as much memory as they are told; mmengine adds ``getattr``; torch before 2.6
-runs TorchScript and believes every size. Here a name in a pickle becomes a :class:`Name`, which
-cannot be called, and ``VALUES`` is the one list of what a name and its arguments may become, the
-same for every torch, mmengine and numpy:
+``torch.load(weights_only=True)`` allows a pickle to call a list of names. Some of these call their
+arguments, or allocate as much memory as the file requests. mmengine adds ``getattr``. torch before
+2.6 executes TorchScript and trusts every size. Here a name in a pickle becomes a :class:`Name`,
+which cannot be called. ``VALUES`` alone defines what a name and its arguments may become, for all
+versions of torch, mmengine and numpy:
 
 ========================================  ========================================================
-name                                      what it gives, and why that is harmless
+name                                      result, and why it is harmless
 ========================================  ========================================================
 torch._utils._rebuild_tensor, _v2, _v3    a view within the bytes of its own entry of the file
-torch._utils._rebuild_parameter           the tensor that it is given
-torch.FloatStorage and its kind           nothing by itself; names the dtype of an entry
-torch.float32 and its kind                a dtype
-torch.Size, torch.device                  integers; a name
+torch._utils._rebuild_parameter           its argument, a tensor
+torch.FloatStorage and similar            no object; names the dtype of an entry
+torch.float32 and similar                 a dtype
+torch.Size, torch.device                  integers; a device name
 _codecs.encode                            the bytes of a latin-1 text, of the same length
-OrderedDict, Counter, set, slice          plain values; keys are texts and small integers
-numpy dtype, ndarray, scalar              numbers of a fixed width whose bytes are in the file
+OrderedDict, Counter, set, slice          plain values; keys are strings and small integers
+numpy dtype, ndarray, scalar              fixed-width numbers whose bytes are in the file
 HistoryBuffer                             a log record of two such arrays
-getattr                                   None: statistics of HistoryBuffer, which has them itself
+getattr                                   None, for statistics of HistoryBuffer, which it defines
 ========================================  ========================================================
 
-Beyond these there are the classes that a user allowed by ``torch.serialization.add_safe_globals``.
+Classes that the user allowed by ``torch.serialization.add_safe_globals`` are built as well.
 """
 import pickle
 import zipfile
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-MAX_DEPTH = 50      # of containers in each other
+MAX_DEPTH = 50      # of nested containers
 CHUNK = 1 << 24     # bytes read at a time
-MAGIC = 0x1950a86a20f9469cfc6c      # how files of torch before 1.6 begin
+MAGIC = 0x1950a86a20f9469cfc6c      # first pickle in files of torch before 1.6
 NUMBERS = ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1')
-OPCODES = (     # those of protocol 2, which torch.save writes
+OPCODES = (     # of protocol 2, which torch.save uses
     'APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT BINUNICODE BUILD '
     'EMPTY_DICT EMPTY_LIST EMPTY_SET EMPTY_TUPLE GLOBAL LONG1 LONG_BINGET LONG_BINPUT MARK '
     'NEWFALSE NEWOBJ NEWTRUE NONE PROTO REDUCE SETITEM SETITEMS SHORT_BINSTRING STOP TUPLE TUPLE1 '
@@ -52,13 +54,13 @@ STORAGES = {f'{module}.{kind}Storage': dtype for module in ('torch', 'torch.cuda
                 Char=torch.int8, Byte=torch.uint8, Bool=torch.bool, ComplexFloat=torch.complex64,
                 ComplexDouble=torch.complex128).items()}
 STORAGES['torch.storage.UntypedStorage'] = torch.uint8
-# modules whose names a user need not allow: theirs are above, and other libraries allow more
+# ignored in add_safe_globals: the allowed names are above, and other libraries register more
 NOT_USERS = ('builtins', 'torch', 'numpy', 'collections', '_codecs', 'mmengine')
 
 
 @dataclass(frozen=True, eq=False)
 class Name:
-    """A name in a pickle, and what makes a value of it; nothing that a pickle can do opens it."""
+    """A name in a pickle with the function that builds its value, which a pickle cannot reach."""
 
     name: str
     make: Any
@@ -70,7 +72,7 @@ def _check(good, what):
 
 
 def _key(key):
-    """A key that hashes in no time, whoever chose it."""
+    """Check that a key is cheap to hash; an untrusted file could choose a costly one."""
     small = isinstance(key, (bool, str, bytes, type(None))) or (
         type(key) is int and abs(key) < 2 ** 60)
     _check(small, f'a key of a dict is a {type(key).__name__}')
@@ -100,7 +102,7 @@ def _tensor(storage, offset, size, stride, *_):
     _check(isinstance(storage, torch.Tensor) and storage.ndim == 1
            and all(type(n) is int and 0 <= n < 2 ** 62 for n in numbers)
            and (0 in size or last < len(storage)) and len(size) < 65 and prod(size) < 2 ** 62,
-           'a tensor is larger than what is stored of it')
+           'a tensor is larger than its stored bytes')
     return storage.as_strided(size, stride, offset)
 
 
@@ -113,7 +115,7 @@ def _parameter(tensor, *_):
 
 
 def _size(size=()):
-    _check(all(type(n) is int for n in size), 'a torch.Size is no sequence of integers')
+    _check(all(type(n) is int for n in size), 'a torch.Size is not a sequence of integers')
     return torch.Size(size)
 
 
@@ -123,20 +125,21 @@ def _dtype(code, *_):
 
 
 def _array(kind, shape, code):
-    return np.zeros(0)      # what it holds comes by _fill_array
+    return np.zeros(0)      # _fill_array sets its content
 
 
 def _fill_array(array, state):
     _, shape, dtype, fortran, raw = state
     _check(not array.size and isinstance(dtype, np.dtype) and isinstance(raw, bytes)
            and all(type(n) is int and n >= 0 for n in shape) and len(shape) < 33
-           and len(raw) == dtype.itemsize * prod(shape), 'a numpy array has other bytes than shape')
+           and len(raw) == dtype.itemsize * prod(shape),
+           'the bytes of a numpy array do not fit its shape')
     array.__setstate__((1, tuple(shape), dtype, bool(fortran), raw))
 
 
 def _scalar(dtype, raw):
     _check(isinstance(dtype, np.dtype) and len(raw) == dtype.itemsize,
-           'a numpy number has other bytes than dtype')
+           'the bytes of a numpy number do not fit its dtype')
     return np.frombuffer(raw, dtype)[0]
 
 
@@ -161,7 +164,7 @@ def _fill_history(history, state):
 
 
 def _fill_ordered(ordered, state):
-    """``_metadata`` of a state dict: the version of each module."""
+    """Set ``_metadata`` of a state dict: the version of each module."""
     ordered._metadata = OrderedDict(
         (_key(name), {'version': module['version']}) for name, module in
         state['_metadata'].items() if type(module.get('version')) is int)
@@ -188,8 +191,8 @@ VALUES = {name: Name(name, make) for name, make in VALUES.items()}
 FILL = {np.ndarray: _fill_array, HistoryBuffer: _fill_history, OrderedDict: _fill_ordered}
 
 
-def users():
-    """The classes that the user allowed: {name: class}."""
+def user_classes() -> dict[str, type]:
+    """Classes that the user allowed, by name."""
     pairs = [(item if isinstance(item, tuple) else (item, f'{item.__module__}.{item.__qualname__}'))
              for item in torch.serialization.get_safe_globals()]
     return {name: item for item, name in pairs
@@ -197,35 +200,35 @@ def users():
 
 
 class Opcodes(dict):
-    """Those of a dispatch table that are allowed."""
+    """Dispatch table of the allowed opcodes."""
 
     def __missing__(self, opcode):
         raise pickle.UnpicklingError(f'Unsupported operand {opcode}')
 
 
 class Unpickler(pickle._Unpickler):
-    """A pickle of tensors and plain values.
+    """Reads a pickle of tensors and plain values.
 
     Args:
-        file (BinaryIO): Where the pickle begins.
-        storage (Callable): Gives the bytes of an entry as a vector, for its dtype, key and number
-            of elements. Defaults to None: there are none.
-        size (int): Bytes of the whole file. Defaults to 0.
+        file (BinaryIO): File, positioned at the pickle.
+        storage (Callable, optional): Maps (dtype, key, number of elements) of an entry to its
+            content as a vector. Defaults to None: no entries.
+        size (int): Size of the file in bytes. Defaults to 0.
 
     Raises:
-        Exception: Of any kind, for a file that is something else.
+        Exception: Of any class, for other files.
     """
 
     dispatch = Opcodes({code: pickle._Unpickler.dispatch[code] for code in (
         getattr(pickle, name)[0] for name in OPCODES.split())})
 
-    def __init__(self, file, storage=None, size=0):
+    def __init__(self, file: BinaryIO, storage: Callable | None = None, size: int = 0):
         super().__init__(file, encoding='utf-8')
-        self.file, self.storage, self.users = file, storage, users()
-        self.room = 4 * size + (1 << 20)    # for all tensors, which may share their bytes
+        self.file, self.storage, self.users = file, storage, user_classes()
+        self.room = 4 * size + (1 << 20)    # bytes left for all tensors, which may share storage
 
-    def load(self):
-        """The object, a tree that ends and can be walked in no time."""
+    def load(self) -> Any:
+        """Return the object; reject cyclic, deep and exponentially shared containers."""
         begin = self.file.tell()
         tree = super().load()
         level, left = [tree], 20 * (self.file.tell() - begin)
@@ -239,23 +242,23 @@ class Unpickler(pickle._Unpickler):
         _check(not level, 'it contains itself, or the same again and again')
         return tree
 
-    def find_class(self, module, name):
-        """What stands for a name."""
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the substitute of a name."""
         name = f'{module}.{name}'
         found = DTYPES.get(name) or VALUES.get(name) or self.users.get(name)
         if found is None:
             raise pickle.UnpicklingError(f'Unsupported global: GLOBAL {name}')
         return found
 
-    def persistent_load(self, pid):
-        """The bytes of a tensor."""
+    def persistent_load(self, pid: tuple) -> torch.Tensor:
+        """Return the storage of a tensor."""
         kind, name, key, _, numel, *view = pid
         _check(kind == 'storage' and name.name in STORAGES and type(numel) is int and numel >= 0
                and view in ([], [None]), f'it refers to {str(kind)[:20]!r}')
         return self.storage(STORAGES[name.name], key, numel)
 
-    def make(self, name, args):
-        """The value of a name and its arguments."""
+    def make(self, name: Any, args: tuple) -> Any:
+        """Build the value of a name and its arguments."""
         if isinstance(name, Name) and name.make and isinstance(args, tuple):
             value = name.make(*args)
         else:
@@ -266,14 +269,15 @@ class Unpickler(pickle._Unpickler):
             _check(self.room >= 0, 'its tensors are larger than the file')
         return value
 
-    def put(self, items):
+    def put(self, items: list) -> None:
         """Add keys and values to the dict on the stack."""
-        _check(type(self.stack[-1]) in (dict, OrderedDict), 'it sets an item of no dict')
+        _check(type(self.stack[-1]) in (dict, OrderedDict),
+               'it sets an item of something other than a dict')
         self.stack[-1].update((_key(key), value) for key, value in zip(items[::2], items[1::2]))
 
-    def extend(self, items):
+    def extend(self, items: list) -> None:
         """Add to the list on the stack."""
-        _check(type(self.stack[-1]) is list, 'it appends to no list')
+        _check(type(self.stack[-1]) is list, 'it appends to something other than a list')
         self.stack[-1].extend(items)
 
     def load_reduce(self):
@@ -307,22 +311,21 @@ class Unpickler(pickle._Unpickler):
         pickle.APPEND[0]: lambda self: self.extend([self.stack.pop()])})
 
 
-def safe_load(path, map_location=None):
+def safe_load(path: str | Path, map_location: str | torch.device | None = None) -> Any:
     """Read a file of ``torch.save``, of any torch since 1.0.
 
-    Memory is bounded by the size of the file: entries are stored uncompressed, and every tensor
-    lies within its entry.
+    The file size bounds memory: entries must be uncompressed, and tensors lie within their entry.
 
     Args:
-        path (str): The file.
+        path (str | Path): The file.
         map_location (str | torch.device, optional): Device of the tensors; 'meta' does not read
-            them. Defaults to None, and anything else means the CPU.
+            them. None and values of other types mean the CPU. Defaults to None.
 
     Returns:
-        Any: What was saved.
+        Any: The saved object.
 
     Raises:
-        Exception: Of any kind, for a file that is something else.
+        Exception: Of any class, for other files.
     """
     device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
     with open(path, 'rb') as file:
@@ -334,6 +337,7 @@ def safe_load(path, map_location=None):
 
 
 def _fill(vector, source):
+    """Read a vector's bytes from a file, ``CHUNK`` bytes at a time."""
     left = memoryview(vector.view(torch.uint8).numpy())
     while len(left):
         chunk = source.read(min(len(left), CHUNK))
@@ -351,7 +355,7 @@ def _read_zip(file, size, device):
                'it is compressed, which torch.save never does')
         root, = (name.removesuffix('data.pkl') for name in entries if name.count('/') == 1
                  and name.endswith('/data.pkl'))
-        _check(f'{root}constants.pkl' not in entries, 'it is TorchScript, which is a program')
+        _check(f'{root}constants.pkl' not in entries, 'it is TorchScript, which is executable')
         order = f'{root}byteorder'
         _check(order not in entries or archive.read(order) == b'little',
                'it has the byte order of other machines')
@@ -372,7 +376,7 @@ def _read_zip(file, size, device):
 
 
 def _read_old(file, size, device):
-    """The format of torch before 1.6: five pickles, then the bytes of the tensors."""
+    """Read the format of torch before 1.6: five pickles, then the bytes of the tensors."""
     _check(Unpickler(file).load() == MAGIC, 'torch.save did not write it')
     Unpickler(file).load(), Unpickler(file).load()      # versions
     begin, vectors, left = file.tell(), {}, size
@@ -389,7 +393,7 @@ def _read_old(file, size, device):
     keys = Unpickler(file).load()
     _check(set(keys) == set(vectors), 'it lacks tensors')
     for key in keys:
-        _check(int.from_bytes(file.read(8), 'little') == len(vectors[key]), 'a tensor is cut')
+        _check(int.from_bytes(file.read(8), 'little') == len(vectors[key]), 'a tensor is truncated')
         vectors[key] = _fill(vectors[key], file)
     vectors = {key: vector.to(device) for key, vector in vectors.items()}
     file.seek(begin)

@@ -1,1 +1,1 @@
-"""Which OpenMMLab stack is installed, and what the original distributions need."""
+"""Support for the current and the original OpenMMLab distributions."""

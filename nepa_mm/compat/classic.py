@@ -1,6 +1,6 @@
-"""What the original OpenMMLab distributions need on a recent torch.
+"""Patches that the original OpenMMLab distributions need on a recent torch.
 
-Applied by ``stack.register()`` on the classic stack only; the current stack is left as it is.
+``stack.register()`` applies them on the classic stack only.
 """
 import sys
 from importlib import import_module, metadata, util
@@ -8,20 +8,26 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-def adapt():
+def adapt() -> None:
+    """Replace missing compiled operators and hide mmpretrain's multimodal models."""
     if util.find_spec('mmcv._ext') is None:
         sys.modules['mmcv._ext'] = MissingOperators('mmcv._ext')
     hide_multimodal()
 
 
 class MissingOperators(ModuleType):
-    """In place of mmcv's compiled operators: several mmseg modules need them to be imported.
+    """Stand-in for mmcv's compiled operators, so that mmseg modules using them can be imported.
 
-    Without a loader it is no compiled extension to mmengine either.
+    Args:
+        name (str): Name of the module.
+
+    Raises:
+        ImportError: An operator is called.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str):
         super().__init__(name)
+        # without a loader, mmengine does not count it as a compiled extension
         self.__spec__ = ModuleSpec(name, loader=None)
 
     def __getattr__(self, name):
@@ -35,11 +41,11 @@ class MissingOperators(ModuleType):
         return operator
 
 
-def hide_multimodal():
-    """Import mmpretrain without its multimodal models, if they do not fit transformers.
+def hide_multimodal() -> None:
+    """Import mmpretrain without its multimodal models if transformers is newer than 4.50.
 
-    mmpretrain imports them when transformers and pycocotools are installed; they need names that
-    transformers has dropped after 4.50.
+    mmpretrain imports them when transformers and pycocotools are installed. They need names that
+    transformers removed after 4.50.
     """
     try:
         transformers = metadata.version('transformers')

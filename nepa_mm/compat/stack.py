@@ -1,12 +1,13 @@
-"""Which OpenMMLab stack is installed, what to type when it is not, and what it has to be told.
+"""Requirements: which OpenMMLab stack is installed, whether it works, how to install it.
 
-One set of imports (mmengine, mmcv, mmpretrain, mmseg), two sets of distributions: the maintained
-``onedl-*`` builds (extra ``mm``) and the original ones (extra ``openmmlab``). setup.py reads the
-tables below, so what is asked for at installation is what is checked at import. Lower bounds of the
-current stack are tested: `make test-oldest` installs what `python nepa_mm/stack.py` prints. There
-is no upper bound that was not seen to be needed.
+Two sets of distributions provide the same modules (mmengine, mmcv, mmpretrain, mmseg): the
+maintained ``onedl-*`` builds (extra ``mm``, the current stack) and the original ones (extra
+``openmmlab``, the classic stack). setup.py reads the tables below, so installation and import check
+the same requirements. ``make test-oldest`` tests the lower bounds of the current stack, which
+``python nepa_mm/compat/stack.py`` prints. An upper bound is set only where a newer version failed.
 """
 import re
+from collections.abc import Iterable
 from importlib import import_module, metadata, util
 from pathlib import Path
 
@@ -24,7 +25,7 @@ CURRENT = {
     'torchvision': 'torchvision>=0.20',
     'numpy': 'numpy>=2.0.1',        # onedl-mmsegmentation's
     'mmengine': 'onedl-mmengine>=0.10.8',
-    'mmcv': 'onedl-mmcv>=2.3.1',    # 2.3.0 asks for numpy<2
+    'mmcv': 'onedl-mmcv>=2.3.1',    # 2.3.0 requires numpy<2
     'mmpretrain': 'onedl-mmpretrain>=1.3',
     'mmseg': 'onedl-mmsegmentation>=1.4',
 }
@@ -34,21 +35,21 @@ CLASSIC = {
     'mmpretrain': 'mmpretrain>=1.2',
     'mmseg': 'mmsegmentation>=1.2',
 }
-SAME_MODULE = {'mmengine': ['mmengine-lite'], 'mmcv': ['mmcv', 'mmcv-full']}    # classic, too
+SAME_MODULE = {'mmengine': ['mmengine-lite'], 'mmcv': ['mmcv', 'mmcv-full']}    # classic as well
 
 
-def name_of(requirement):
-    """``'mmcv-lite>=2.1,<2.2'`` -> ``'mmcv-lite'``."""
+def name_of(requirement: str) -> str:
+    """Name in a requirement: ``'mmcv-lite>=2.1,<2.2'`` -> ``'mmcv-lite'``."""
     return re.match(r'[\w.-]+', requirement)[0]
 
 
-def oldest():
-    """The lower bounds of the current stack as pip's pins: ``['torch==2.5', ...]``."""
+def oldest() -> list[str]:
+    """Lower bounds of the current stack as pins: ``['torch==2.5', ...]``."""
     return [requirement.replace('>=', '==') for requirement in (CORE | CURRENT).values()]
 
 
-def versions(module):
-    """The installed distributions that provide a module: {distribution: version}."""
+def versions(module: str) -> dict[str, str]:
+    """Versions of the installed distributions that provide a module, by distribution."""
     tables = [table[module] for table in (CORE, CURRENT, CLASSIC) if module in table]
     found = {}
     for name in [*map(name_of, tables), *SAME_MODULE.get(module, [])]:
@@ -59,18 +60,18 @@ def versions(module):
     return found
 
 
-def is_classic():
+def is_classic() -> bool:
     """Whether mmengine is the original distribution."""
     return 'mmengine' in versions('mmengine') or 'mmengine-lite' in versions('mmengine')
 
 
-def require(*modules):
-    """Check that modules of the tables above are installed, once, at a version that works.
+def require(*modules: str) -> None:
+    """Check that one distribution provides each module, at a supported version.
 
-    Modules without metadata (a clone on PYTHONPATH) are taken as they are.
+    Modules without metadata (a clone on PYTHONPATH) are not checked.
 
     Raises:
-        ImportError: in one sentence, which says what is wrong and what to type.
+        ImportError: A check failed. The message is one sentence with the command that fixes it.
     """
     table = CORE | (CLASSIC if is_classic() else CURRENT)
     missing = [table[module] for module in modules if util.find_spec(module) is None]
@@ -97,15 +98,16 @@ def require(*modules):
             f'type: {pip_install(wrong.values())}')
 
 
-def pip_install(requirements):
+def pip_install(requirements: Iterable[str]) -> str:
+    """Command that installs requirements."""
     return 'pip install ' + ' '.join(f'"{requirement}"' for requirement in requirements)
 
 
-def check_binaries():
-    """Load the two packages whose compiled parts often do not fit the machine.
+def check_binaries() -> None:
+    """Import torchvision and cv2, whose compiled parts often do not fit the machine.
 
     Raises:
-        ImportError: in one sentence, which says what is wrong and what to type.
+        ImportError: One failed. The message is one sentence with the command that fixes it.
     """
     for module, command in (
             ('torchvision', 'pip install --upgrade --force-reinstall torch torchvision'),
@@ -113,19 +115,19 @@ def check_binaries():
              'pip install --force-reinstall --no-deps opencv-python-headless')):
         try:
             import_module(module)
-        except Exception as error:  # a torchvision of another torch: RuntimeError; no libGL: ...
+        except Exception as error:  # torchvision built for another torch raises RuntimeError
             raise ImportError(f'{module} does not load ({error}); type: {command}') from None
 
 
-def register():
-    """Tell mmengine where ``mmseg::``, ``mmpretrain::`` and ``nepa_mm::`` configs are.
+def register() -> None:
+    """Register the locations of ``mmseg::``, ``mmpretrain::`` and ``nepa_mm::`` configs.
 
-    On the classic stack, apply what it needs on a recent torch, too.
+    On the classic stack, also apply the patches that it needs on a recent torch.
     """
     from mmengine.config.utils import MODULE2PACKAGE
 
-    # A module is looked up like a distribution, but found next to what was imported, where the
-    # metadata of an editable installation would not lead.
+    # A module instead of a distribution: mmengine finds it next to the imported package, while the
+    # metadata of an editable installation does not lead there.
     MODULE2PACKAGE['nepa_mm'] = 'nepa_mm.registry'
     if is_classic():
         from nepa_mm.compat.classic import adapt
@@ -135,8 +137,8 @@ def register():
             {module: name_of(CURRENT[module]) for module in ('mmpretrain', 'mmseg')})
 
 
-def register_models():
-    """Let mmpretrain's ``list_models`` and ``get_model`` find the models of model-index.yml."""
+def register_models() -> None:
+    """Add the models of model-index.yml to mmpretrain's ``list_models`` and ``get_model``."""
     from mmpretrain.apis.model import ModelHub
     folder = Path(__file__).parents[1] / '.mim'
     if not ModelHub.has('nepa_vit-b'):

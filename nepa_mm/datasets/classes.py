@@ -1,41 +1,45 @@
-"""Classes are names. Wherever two lists of them meet, labels follow the names, not the numbers."""
+"""Class names of datasets and checkpoints. Labels are matched by name, not by number."""
 import numbers
 import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch.utils.data import Dataset
 
 from nepa_mm.datasets.images import IMAGE_SUFFIXES
 
 SHOWN = 5       # names in a message
 
 
-def leaves(dataset):
-    """The data sets below wrappers such as RepeatDataset and ConcatDataset."""
+def base_datasets(dataset: Dataset) -> list[Dataset]:
+    """The datasets inside wrappers such as RepeatDataset and ConcatDataset."""
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
     if inner == [None]:
         return [dataset]
-    return [leaf for one in inner for leaf in leaves(one)]
+    return [base for one in inner for base in base_datasets(one)]
 
 
-def listed(names):
-    """``'ant, bee, cat'``; of many names the first ones."""
+def listed(names: Iterable) -> str:
+    """``'ant, bee, cat'``; only the first ``SHOWN`` names of a longer list."""
     names = list(map(str, names))
     rest = len(names) - SHOWN
     return ', '.join(names[:SHOWN]) + (f' and {rest} more' if rest > 0 else '')
 
 
-def match(names, known, whose, others):
-    """Where each name stands in another list.
+def match_classes(names: Sequence[str], known: Sequence[str], whose: str,
+                  others: str) -> list[int] | None:
+    """Find the position of each name in another list.
 
     Args:
         names, known (Sequence[str]): The two lists of classes.
-        whose, others (str): What messages call them.
+        whose, others (str): How messages refer to them.
 
     Returns:
-        list[int] | None: Positions in ``known``; None if the lists have no name in common, so
-        that only their order can tell.
+        list[int] | None: Positions in ``known``. None if the lists have the same length and no
+        name in common, so only their order can be compared.
 
     Raises:
-        ValueError: Only some of the names are known, or the two lists have no name and not even
-            their length in common.
+        ValueError: Only some of the names are known; the lists share no name and differ in length;
+            or ``known`` contains a name twice and the order differs.
     """
     if tuple(names) == tuple(known):
         return list(range(len(names)))
@@ -55,122 +59,141 @@ def match(names, known, whose, others):
     return [places[name] for name in names]
 
 
-def relabel(dataset, order, classes):
-    """Let label i of a data set be ``order[i]``, one of ``classes``."""
+def _remap_labels(dataset, order, classes):
+    """Replace each label i of a dataset by ``order[i]``, an index into ``classes``."""
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     for info in infos:
         info['gt_label'] = order[info['gt_label']]
         del info['sample_idx']
+    dataset.data_list = infos
     if dataset.serialize_data:
-        dataset.data_list = infos
         dataset.data_bytes, dataset.data_address = dataset._serialize_data()
-    else:
-        dataset.data_list = infos
     dataset._metainfo['classes'] = tuple(classes)
     folders = getattr(dataset, 'folder_to_idx', None)
     if folders:
         dataset.folder_to_idx = {name: order[i] for name, i in folders.items()}
 
 
-def has_labels(dataset):
-    """Whether the samples of a data set have one label each."""
+def has_labels(dataset: Dataset) -> bool:
+    """Whether each sample of a dataset has one label."""
     return (hasattr(dataset, 'get_data_info') and len(dataset) > 0
             and isinstance(dataset.get_data_info(0).get('gt_label'), numbers.Integral))
 
 
-def classes_of(dataset):
-    """The names of a data set's classes, None if it has none."""
+def classes_of(dataset: Dataset) -> Sequence[str] | None:
+    """Class names of a dataset, or None."""
     return (getattr(dataset, 'metainfo', None) or {}).get('classes')
 
 
-def folders_of(dataset):
-    """The folder of each class, by label, None if they do not come from folders."""
+def _folders_of(dataset):
+    """Folder of each class, by label; None if classes are not folders."""
     folders = getattr(dataset, 'folder_to_idx', None)
     return sorted(folders, key=folders.get) if folders else None
 
 
-def follow_folders(dataset, whose):
-    """Let the labels follow ``metainfo.classes`` where these are names of the folders.
+def order_by_metainfo(dataset: Dataset, whose: str) -> None:
+    """Renumber labels to follow ``metainfo.classes`` where these are names of the folders.
 
-    mmpretrain numbers folders by the alphabet. Names of which none is a folder (words for
-    ImageNet's numbers) are taken in that order.
-
-    Raises:
-        ValueError: Only some of the folders are among the classes.
-    """
-    for leaf in filter(has_labels, leaves(dataset)):
-        folders, classes = folders_of(leaf), classes_of(leaf)
-        if folders and classes:
-            order = match(folders, classes, f'the folder of {whose}', 'its metainfo.classes')
-            if order and order != sorted(order):
-                relabel(leaf, order, classes)
-
-
-def follow(dataset, whose, classes, others, folders=None):
-    """Let the labels of a data set be those of other classes, by name.
+    mmpretrain numbers folders alphabetically. If no class is a folder name (words for ImageNet's
+    WordNet IDs), classes are assumed to be in alphabetical order of the folders.
 
     Args:
-        dataset (mmengine.dataset.BaseDataset): Changed in place, with its ``metainfo``.
-        whose (str): What messages call it.
-        classes (Sequence[str]): The other classes, of the training data or a checkpoint.
-        others (str): What messages call them.
-        folders (Sequence[str], optional): Their folders, if they have any. Defaults to None.
+        dataset (Dataset): Changed in place.
+        whose (str): How messages refer to it.
+
+    Raises:
+        ValueError: See :func:`match_classes`.
+    """
+    for base in filter(has_labels, base_datasets(dataset)):
+        folders, classes = _folders_of(base), classes_of(base)
+        if folders and classes:
+            order = match_classes(folders, classes, f'the folder of {whose}',
+                                  'its metainfo.classes')
+            if order and order != sorted(order):
+                _remap_labels(base, order, classes)
+
+
+def align_to_classes(dataset: Dataset, whose: str, classes: Sequence[str], others: str,
+                     folders: Sequence[str] | None = None) -> list[str]:
+    """Renumber the labels of a dataset to match a list of classes by name.
+
+    Args:
+        dataset (Dataset): Changed in place, with its ``metainfo``.
+        whose (str): How messages refer to it.
+        classes (Sequence[str]): Classes of the training data or of a checkpoint.
+        others (str): How messages refer to ``classes``.
+        folders (Sequence[str], optional): Folders of ``classes``. Defaults to None.
 
     Returns:
         list[str]: Sentences for the log.
 
     Raises:
-        ValueError: See :func:`match`; or labels are no numbers of one class each (masks), and the
-            order differs.
+        ValueError: See :func:`match_classes`. Or the order differs and samples have masks instead
+            of one label.
     """
     sentences = []
-    for leaf in leaves(dataset):
-        own, own_folders = classes_of(leaf), folders_of(leaf)
+    for base in base_datasets(dataset):
+        own, own_folders = classes_of(base), _folders_of(base)
         if not own:
-            if has_labels(leaf):
+            if has_labels(base):
                 sentences.append(f'{whose} names no class: its numbers are taken to be those of '
                                  f'{others} ({listed(classes)}).')
             continue
-        order = match(own, classes, whose, others)
+        order = match_classes(own, classes, whose, others)
         if folders and own_folders and order in (None, list(range(len(classes)))):
-            by_folder = match(own_folders, folders, whose, others)
+            by_folder = match_classes(own_folders, folders, whose, others)
             if by_folder is None and order is None:
                 raise ValueError(f'{whose} has the classes {listed(own_folders)} and {others} '
                                  f'{listed(folders)}: they have none in common.')
             order = order if by_folder is None else by_folder
         if order == list(range(len(classes))):
             continue
-        if order is not None and not has_labels(leaf):
+        if order is not None and not has_labels(base):
             raise ValueError(f'{whose} has its classes in another order than {others}, or fewer of '
                              f'them: set its metainfo.classes to {listed(classes)}.')
         if order is None:
             sentences.append(f'{whose} and {others} name no class alike ({listed(own)}; '
                              f'{listed(classes)}): their order is taken to be the same.')
         else:
-            relabel(leaf, order, classes)
+            _remap_labels(base, order, classes)
             sentences.append(f'{whose} has its classes in another order than {others}, or fewer of '
                              'them: its labels follow the names.')
     return sentences
 
 
-def align(dataset, whose, reference, others):
-    """:func:`follow` of the classes of another data set, both by their folders first."""
-    follow_folders(reference, others)
-    follow_folders(dataset, whose)
-    first = leaves(reference)[0]
+def align_datasets(dataset: Dataset, whose: str, reference: Dataset, others: str) -> list[str]:
+    """Renumber the labels of a dataset to match a reference dataset by class name.
+
+    Both first follow their own ``metainfo.classes``, see :func:`order_by_metainfo`.
+
+    Args:
+        dataset, reference (Dataset): Changed in place.
+        whose, others (str): How messages refer to them.
+
+    Returns:
+        list[str]: Sentences for the log.
+
+    Raises:
+        ValueError: See :func:`align_to_classes`.
+    """
+    order_by_metainfo(reference, others)
+    order_by_metainfo(dataset, whose)
+    first = base_datasets(reference)[0]
     classes = classes_of(first)
     if classes:
-        return follow(dataset, whose, classes, others, folders_of(first))
-    own = classes_of(leaves(dataset)[0])
+        return align_to_classes(dataset, whose, classes, others, _folders_of(first))
+    own = classes_of(base_datasets(dataset)[0])
     return [f'{others} names no class: its numbers are taken to be those of {whose} '
             f'({listed(own)}).'] if own and has_labels(first) else []
 
 
-def check_labels(dataset, whose, num_classes):
-    """Compare a data set's classes and labels with a head; on a GPU a bad label has no name.
+def check_labels(dataset: Dataset, whose: str, num_classes: int) -> None:
+    """Compare the classes and labels of a dataset with a head of ``num_classes`` outputs.
+
+    On a GPU, an invalid label would end in an error that does not name it.
 
     Raises:
-        ValueError: It has another number of classes, or a label that is none of the outputs.
+        ValueError: The number of classes differs, or a label is out of range.
     """
     classes = classes_of(dataset)
     if classes is not None and len(classes) != num_classes:
@@ -183,28 +206,31 @@ def check_labels(dataset, whose, num_classes):
                          f'{labels.min()} to {labels.max()}.')
 
 
-def left_out(dataset, whose):
-    """Sentences about images below the folder of a data set that are no samples of it.
+def skipped_images(dataset: Dataset, whose: str) -> list[str]:
+    """Report images in the folder of a dataset that are not among its samples.
 
-    Looks at mmpretrain's CustomDataset and its like on a local disk. What an annotation file or
-    ``indices`` leaves out is meant.
+    Covers mmpretrain's CustomDataset and its subclasses on a local disk. Datasets with an
+    annotation file or ``indices`` skip images on purpose and are not reported.
+
+    Returns:
+        list[str]: Sentences for the log.
     """
     sentences = []
-    for leaf in leaves(dataset):
-        if (not hasattr(leaf, 'extensions') or leaf.ann_file or not os.path.isdir(leaf.img_prefix)
-                or getattr(leaf, '_indices', None) is not None):
+    for base in base_datasets(dataset):
+        if (not hasattr(base, 'extensions') or base.ann_file or not os.path.isdir(base.img_prefix)
+                or getattr(base, '_indices', None) is not None):
             continue
-        folder = leaf.img_prefix
-        seen = {os.path.normpath(leaf.get_data_info(i)['img_path']) for i in range(len(leaf))}
-        left = [path for path in images_below(folder) if path not in seen]
-        if left:
-            sentences.append(f'{whose}: {len(left)} images below {folder} are left out, e.g. '
-                             f'{left[0]}.')
+        folder = base.img_prefix
+        seen = {os.path.normpath(base.get_data_info(i)['img_path']) for i in range(len(base))}
+        skipped = [path for path in _find_images(folder) if path not in seen]
+        if skipped:
+            sentences.append(f'{whose}: {len(skipped)} images below {folder} are left out, e.g. '
+                             f'{skipped[0]}.')
     return sentences
 
 
-def images_below(folder):
-    """Paths of the images in a folder and its subfolders, without hidden ones."""
+def _find_images(folder) -> Iterator[str]:
+    """Yield the paths of all images in a folder and its subfolders, except hidden ones."""
     for root, _, files in os.walk(folder, followlinks=True):
         for file in files:
             if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith('.'):

@@ -1,4 +1,10 @@
-"""mmengine's collate functions, also below the scope ``nepa_mm``."""
+"""mmengine's collate functions, made available in the scope ``nepa_mm``.
+
+mmengine passes ``_scope_`` of an inherited config on to the function.
+"""
+from collections.abc import Sequence
+from typing import Any
+
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.registry import FUNCTIONS
 
@@ -6,8 +12,8 @@ from nepa_mm.utils.errors import DataError
 
 
 @FUNCTIONS.register_module('default_collate', force=True)
-def stack_of_any_scope(samples, _scope_=None):
-    """mmengine's ``default_collate``.
+def scoped_default_collate(samples: Sequence, _scope_: str | None = None) -> Any:
+    """Stack samples by mmengine's ``default_collate``.
 
     Raises:
         DataError: The images differ in shape.
@@ -27,6 +33,6 @@ def stack_of_any_scope(samples, _scope_=None):
 
 
 @FUNCTIONS.register_module('pseudo_collate', force=True)
-def list_of_any_scope(samples, _scope_=None):
-    """mmengine's ``pseudo_collate``."""
+def scoped_pseudo_collate(samples: Sequence, _scope_: str | None = None) -> Any:
+    """List samples by mmengine's ``pseudo_collate``."""
     return pseudo_collate(samples)

@@ -1,4 +1,6 @@
 """Handwritten digits, shipped with scikit-learn."""
+from typing import Any
+
 import numpy as np
 from mmengine.registry import DATASETS
 from mmpretrain.datasets.base_dataset import BaseDataset
@@ -11,37 +13,36 @@ NUM_TRAIN = 1297
 class Digits(BaseDataset):
     """1,797 handwritten digits of 8 x 8 pixels (UCI ML repository, shipped with scikit-learn).
 
-    A fixed shuffle gives 1,297 images for training and 500 for testing.
+    A fixed shuffle splits them into 1,297 training and 500 test images.
 
     Args:
         split (str): 'train' or 'test'.
-        num_labels (int, optional): Keep only this many images, the same number of
-            every class. Defaults to None: all.
-        seed (int): Which ones are kept. Defaults to 0.
-        **kwargs: ``pipeline``, ``test_mode`` and others of mmpretrain's BaseDataset.
+        num_labels (int, optional): Keep this many images, equally many of each class. Defaults
+            to None: all.
+        seed (int): Seed that selects the kept images. Defaults to 0.
+        **kwargs: ``pipeline``, ``test_mode`` and other arguments of mmpretrain's BaseDataset.
 
-    Each sample starts as ``img`` (8, 8, 3), uint8, and ``gt_label``.
+    A sample enters the pipeline as ``img`` (8, 8, 3), uint8, and ``gt_label``.
 
     Raises:
-        ValueError: ``split`` is something else, or ``num_labels`` is no multiple of 10
-            or more than there are.
+        ValueError: ``split`` is unknown, or ``num_labels`` is not a multiple of 10 or too large.
         ImportError: scikit-learn is missing.
     """
 
     METAINFO = dict(classes=tuple('0123456789'))
 
-    def __init__(self, split, num_labels=None, seed=0, **kwargs):
+    def __init__(self, split: str, num_labels: int | None = None, seed: int = 0, **kwargs: Any):
         if split not in SPLITS:
             raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')
         self.split, self.num_labels, self.seed = split, num_labels, seed
         super().__init__(ann_file='', **kwargs)
 
-    def load_data_list(self):
-        """All samples of the split, as mmengine's BaseDataset wants them."""
+    def load_data_list(self) -> list[dict]:
+        """All samples of the split, for mmengine's BaseDataset."""
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise ImportError('The Digits data set is part of scikit-learn; '
+            raise ImportError('The Digits dataset is part of scikit-learn; '
                               'type: pip install scikit-learn') from None
         images, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(labels))

@@ -1,16 +1,19 @@
-"""ImageNet in large files: tar shards (WebDataset) and Parquet (Hugging Face), read in any order.
+"""ImageNet in tar shards (WebDataset) or Parquet files (Hugging Face), with random access.
 
-Samples have numbers, as in a folder of images. So mmengine's samplers give every process the same
-order as there, and a run resumes in the middle of an epoch.
+Samples are indexed like the images of a folder. mmengine's samplers therefore work as usual, and a
+run can resume in the middle of an epoch.
 """
 import bisect
 import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from mmengine.fileio import BaseStorageBackend, register_backend
@@ -23,11 +26,12 @@ from nepa_mm.utils.errors import DataError
 from nepa_mm.utils.files import atomic_write
 
 INDEX = '.nepa_mm_index.json'
-VERSION = 4     # of what it says about a tar
-BLOCK = 512     # bytes of a tar's header, and of the zeros at its end
+VERSION = 4     # of the index format
+BLOCK = 512     # bytes of a tar header, and of each block of zeros at the end
 
 
-def pyarrow_parquet():
+def import_parquet() -> ModuleType:
+    """Import ``pyarrow.parquet``, or raise an ImportError with the command that installs it."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -36,16 +40,16 @@ def pyarrow_parquet():
 
 
 class ShardBackend(BaseStorageBackend):
-    """Bytes of ``shard://FILE.tar?offset=O&size=S`` and ``shard://FILE.parquet?column=C&row=R``.
+    """Reads ``shard://FILE.tar?offset=O&size=S`` and ``shard://FILE.parquet?column=C&row=R``.
 
-    Registered with mmengine for the prefix ``shard``, so that every transform reads them.
+    Registered with mmengine for the prefix ``shard``, so all transforms can read such paths.
     """
 
-    def get(self, filepath):
-        """The bytes of one image.
+    def get(self, filepath: str) -> bytes:
+        """Return the bytes of one image.
 
         Raises:
-            OSError: The file is missing, or ends too early.
+            OSError: The file is missing or truncated.
             DataError: The row of a Parquet file cannot be read, or has no bytes.
         """
         file, _, query = filepath.partition('://')[2].rpartition('?')
@@ -61,8 +65,8 @@ class ShardBackend(BaseStorageBackend):
             raise OSError(f'{file} ends after {len(content)} of {size} bytes of the image')
         return content
 
-    def get_text(self, filepath, encoding='utf-8'):
-        """The same, decoded."""
+    def get_text(self, filepath: str, encoding: str = 'utf-8') -> str:
+        """Return the bytes decoded as text; required by the base class."""
         return self.get(filepath).decode(encoding)
 
 
@@ -70,18 +74,21 @@ register_backend('shard', ShardBackend, prefixes='shard')
 
 
 @lru_cache(maxsize=512)
-def open_parquet(file, process):
-    """An open Parquet file of this process, and the first row of each of its row groups."""
-    opened = pyarrow_parquet().ParquetFile(file, memory_map=True, page_checksum_verification=True)
+def open_parquet(file: str, process: int) -> tuple[Any, list[int]]:
+    """Open a Parquet file, and list the first row of each row group.
+
+    ``process`` is the process ID, so forked processes do not share an open file from the cache.
+    """
+    opened = import_parquet().ParquetFile(file, memory_map=True, page_checksum_verification=True)
     starts = [0]
     for group in range(opened.num_row_groups):
         starts.append(starts[-1] + opened.metadata.row_group(group).num_rows)
     return opened, starts
 
 
-def read_row(file, column, row):
-    """``column.bytes`` of one row; the row group around it is decoded."""
-    with refused(file, f'cannot be read at row {row}'):
+def read_row(file: str, column: str, row: int) -> bytes:
+    """Return ``column.bytes`` of one row; decodes the row group that contains it."""
+    with data_errors(file, f'cannot be read at row {row}'):
         opened, starts = open_parquet(file, os.getpid())
         group = bisect.bisect_right(starts, row) - 1
         table = opened.read_row_group(group, columns=[f'{column}.bytes'])
@@ -91,18 +98,18 @@ def read_row(file, column, row):
         return content
 
 
-def index_tar(file):
-    """(name, offset, size, label or None) of each image; labels stand in ``.cls`` files.
+def index_tar(file: Path) -> list[list]:
+    """List [name, offset, size, label or None] of each image; labels are in ``.cls`` files.
 
     Raises:
-        DataError: It is damaged or ends early, which tarfile takes for the end, or holds what
-            cannot be read in place.
+        DataError: The tar is corrupt, truncated (which tarfile does not report), or contains
+            members that cannot be read in place.
     """
     images, labels, names = [], {}, set()
-    with refused(file, 'is no tar of images and labels'), tarfile.open(file, 'r:') as opened:
+    with data_errors(file, 'is no tar of images and labels'), tarfile.open(file, 'r:') as opened:
         for member in opened:
             name = member.name
-            if os.path.basename(name).startswith('.') or member.isdir():    # ._x of macOS
+            if os.path.basename(name).startswith('.') or member.isdir():    # macOS adds ._x
                 continue
             if name in names:
                 raise ValueError(f'{name!r} is there twice')
@@ -117,14 +124,14 @@ def index_tar(file):
                 if not content.isdigit() or len(content) > 9:
                     raise ValueError(f'{name!r} holds {content!r}, not the number of a class')
                 labels[name[:-4]] = int(content)
-        check_end(file, opened.offset)
+        _check_end(file, opened.offset)
         if not images:
             raise ValueError('it holds no image')
-    return [[*image, label_of(image[0], labels)] for image in images]
+    return [[*image, _label_of(image[0], labels)] for image in images]
 
 
-def check_end(file, offset):
-    """Refuse a tar that has no blocks of zeros, and nothing else, behind its last member."""
+def _check_end(file, offset):
+    """Reject a tar unless only blocks of zeros follow its last member."""
     with open(file, 'rb') as opened:
         opened.seek(offset)
         rest = opened.read(BLOCK)
@@ -137,32 +144,35 @@ def check_end(file, offset):
 
 
 @contextmanager
-def refused(file, what):
-    """Say of which file an error is, whatever its class: damage reaches all of a parser."""
+def data_errors(file: str | Path, what: str) -> Iterator[None]:
+    """Turn errors into a DataError that names the file.
+
+    FileNotFoundError, PermissionError and ImportError pass through.
+    """
     try:
         yield
     except (FileNotFoundError, PermissionError, ImportError):
         raise
-    except Exception as error:
+    except Exception as error:      # corrupt data can raise any class from a parser
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise DataError(f'{file} {what}: {reason.rstrip(".")}.') from error
 
 
-def read_index(file):
-    """The tars of an index; none if it is missing or no JSON."""
+def _read_index(file):
+    """Entries of the index by tar; empty if the file is missing or not a JSON object."""
     stored = None
     with suppress(OSError, ValueError, RecursionError):
         stored = json.loads(file.read_text()) if file.is_file() else None
     return stored if isinstance(stored, dict) else {}
 
 
-def digest(images):
-    """A checksum of the list, against damage."""
+def _digest(images):
+    """Checksum of the image list, to detect corruption."""
     return hashlib.sha256(json.dumps(images).encode()).hexdigest()
 
 
-def is_sound(entry, stamp):
-    """Whether what an index says of a tar belongs to it; anyone may have written it."""
+def _is_valid(entry, stamp):
+    """Whether an index entry matches its tar; the index is an untrusted file."""
     def is_number(value, most):
         return type(value) is int and 0 <= value <= most
 
@@ -173,14 +183,14 @@ def is_sound(entry, stamp):
                     and is_number(image[1], size) and is_number(image[2], size - image[1])
                     and (image[3] is None or is_number(image[3], 10 ** 9))
                     for image in entry['images'])
-            and entry.get('digest') == digest(entry['images']))
+            and entry.get('digest') == _digest(entry['images']))
 
 
-def label_of(name, labels):
-    """The label of an image: of its name without the suffix, else of all before an earlier dot.
+def _label_of(name, labels):
+    """Label of an image, found by its name without suffix, else cut at an earlier dot.
 
-    WebDataset writes ``a.cls`` for ``a.left.jpg`` and ``a.right.jpg``. By its rule a name ends at
-    the first dot, which ``2024.01.31.jpg`` does not.
+    WebDataset writes ``a.cls`` for ``a.left.jpg`` and ``a.right.jpg``. Its rule, a key ends at the
+    first dot, would fail for ``2024.01.31.jpg``.
     """
     folder, name = os.path.split(name)
     while '.' in name:
@@ -195,43 +205,43 @@ def label_of(name, labels):
 class ImageNetShards(BaseDataset):
     """ImageNet in ``.tar`` shards as WebDataset writes them, or in ``.parquet`` files.
 
-    In a tar ``KEY.jpg`` is an image and ``KEY.cls`` its label as a number, also that of
-    ``KEY.left.jpg``; every image is a sample. The places of all images
-    are written to ``.nepa_mm_index.json`` beside the shards the first time, if that folder can be
-    written to; later starts read it. In Parquet a column holds ``bytes`` and another one labels. A
-    read there decodes the whole row group around the image (100 rows in the files of the
-    Hugging Face Hub), so tar shards are far faster.
+    Tar: ``KEY.jpg`` is an image and ``KEY.cls`` the number of its class, also for
+    ``KEY.left.jpg``. Each image is a sample. The first start writes the offsets of all images to
+    ``.nepa_mm_index.json`` in ``data_root``, if writable; later starts read it.
 
-    Takes the place of mmpretrain's ImageNet in any config::
+    Parquet: one column holds ``bytes``, another one labels. Each read decodes the full row group
+    of the image (100 rows in the files of the Hugging Face Hub), so tar shards are far faster.
+
+    Replaces mmpretrain's ImageNet in any config::
 
         train_dataloader.dataset.type=ImageNetShards train_dataloader.dataset.data_root=FOLDER
 
     Args:
-        data_root (str): Folder, searched with its subfolders.
-        split (str): Files with this in their names are taken, e.g. 'train'; 'val' takes
-            'validation', too. Defaults to 'train'.
+        data_root (str): Folder, searched recursively.
+        split (str): Files with this string in their names are used, e.g. 'train'; 'val' also
+            matches 'validation'. Defaults to 'train'.
         with_label (bool): Whether samples have ``gt_label``. Defaults to True.
-        image_column (str): Of Parquet files. Defaults to 'image'.
-        label_column (str): Of Parquet files. Defaults to 'label'.
-        **kwargs: ``pipeline`` and others of mmpretrain's BaseDataset.
+        image_column (str): Image column of Parquet files. Defaults to 'image'.
+        label_column (str): Label column of Parquet files. Defaults to 'label'.
+        **kwargs: ``pipeline`` and other arguments of mmpretrain's BaseDataset.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        DataError: A file is damaged or ends early, or the label of an image is missing or is not
-            the number of a class; the sentence names the file.
-        ImportError: Parquet files are there and pyarrow is not.
+        FileNotFoundError: No file matches ``split``.
+        DataError: A file is corrupt or truncated, or the label of an image is missing or not the
+            number of a class. The message names the file.
+        ImportError: There are Parquet files, but pyarrow is not installed.
     """
 
     METAINFO = dict(classes=IMAGENET_CATEGORIES)
 
-    def __init__(self, data_root, split='train', with_label=True, image_column='image',
-                 label_column='label', **kwargs):
+    def __init__(self, data_root: str, split: str = 'train', with_label: bool = True,
+                 image_column: str = 'image', label_column: str = 'label', **kwargs: Any):
         self.split, self.with_label = split, with_label
         self.image_column, self.label_column = image_column, label_column
         super().__init__(ann_file='', data_root=data_root, **kwargs)
 
-    def load_data_list(self):
-        """All samples, by the names of the shards and their order within."""
+    def load_data_list(self) -> list[dict]:
+        """All samples, ordered by shard name and position in the shard."""
         root = Path(self.data_root).expanduser().resolve()
         files = sorted(file for file in root.rglob(f'*{self.split}*')
                        if file.suffix in ('.tar', '.parquet') and not file.is_dir())
@@ -240,7 +250,7 @@ class ImageNetShards(BaseDataset):
                                     f'{self.split!r} in their names.')
         for file in files:
             if not file.is_file():
-                raise DataError(f'{file} is no file, or a link that leads nowhere.')
+                raise DataError(f'{file} is no file, or a dangling link.')
         samples = []
         for file, found in self._tars(root, [f for f in files if f.suffix == '.tar']):
             samples += [(file, dict(offset=offset, size=size, name=name), label)
@@ -265,27 +275,27 @@ class ImageNetShards(BaseDataset):
         return sample
 
     def _tars(self, root, files):
-        """Each tar with its index, as stored where the file is still the same."""
-        stored, index = read_index(root / INDEX), {}
+        """Index of each tar; stored entries are reused if size and time of the file match."""
+        stored, index = _read_index(root / INDEX), {}
         for file in files:
             name, state = str(file.relative_to(root)), file.stat()
             stamp = [VERSION, state.st_size, state.st_mtime_ns]
             entry = stored.get(name)
-            if not is_sound(entry, stamp):
+            if not _is_valid(entry, stamp):
                 images = index_tar(file)
-                entry = dict(stamp=stamp, digest=digest(images), images=images)
+                entry = dict(stamp=stamp, digest=_digest(images), images=images)
             index[name] = entry
         if any(stored.get(name) != entry for name, entry in index.items()):
-            # in a folder for reading only every start makes the index again
+            # if the folder is read-only, every start rebuilds the index
             with suppress(OSError), atomic_write(root / INDEX, overwrite=True) as temporary:
                 temporary.write_text(json.dumps(stored | index))
         return [(root / name, entry['images']) for name, entry in index.items()]
 
     def _labels(self, file):
-        """The label of each row, or None."""
-        parquet = pyarrow_parquet()
-        with refused(file, f'is no Parquet file with the columns {self.image_column} and '
-                     f'{self.label_column}'):
+        """Label of each row, or None."""
+        parquet = import_parquet()
+        with data_errors(file, 'is no Parquet file with the columns '
+                         f'{self.image_column} and {self.label_column}'):
             opened = parquet.ParquetFile(file, page_checksum_verification=True)
             schema, rows = opened.schema_arrow, opened.metadata.num_rows
             wanted = [self.image_column, *([self.label_column] if self.with_label else [])]

@@ -1,26 +1,28 @@
-"""The one reader of image files: all of an image, or one sentence that says why not."""
+"""Reading image files: complete pixels, or an error of one sentence that names the file."""
 import io
+from typing import Any
 
 import mmcv
 import numpy as np
+import torch
 from mmengine import fileio
 from PIL import Image, ImageOps, ImageSequence
 
-from nepa_mm.utils.errors import DataError, UnreadableImageError
+from nepa_mm.utils.errors import DataError, UnreadableImageError, first_line
 
 ORIENTATION = 0x0112    # EXIF: 1 is upright
 SAMPLES_PER_PIXEL = 277     # TIFF
 COLOR_TYPES = dict(color='RGB', grayscale='L', unchanged=None)     # OpenMMLab's names, Pillow's
-# what Pillow reads and people call images
+# common image formats that Pillow reads
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.tif', '.tiff', '.bmp',
                   '.gif', '.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.avif', '.tga')
 
 
-def read_bytes(path):
-    """The content of a file, from any of mmengine's backends.
+def read_bytes(path: str) -> bytes:
+    """Read a file through mmengine's file backends.
 
     Raises:
-        UnreadableImageError: There is no such file.
+        UnreadableImageError: The file cannot be read.
     """
     try:
         return fileio.get(path)
@@ -28,26 +30,26 @@ def read_bytes(path):
         raise _unreadable(path, error) from error
 
 
-def open_image(content, path):
-    """An image with its header read and its pixels not yet.
+def open_image(content: bytes, path: str) -> Image.Image:
+    """Open an image with Pillow: parse the header, but do not decode pixels.
 
     Raises:
-        UnreadableImageError: It is no image, or it claims more pixels than Pillow deems safe
-            (179 million).
+        UnreadableImageError: The content is not an image, or its header claims more pixels than
+            Pillow considers safe (179 million).
     """
     try:
         return Image.open(io.BytesIO(content))
-    except Exception as error:      # so does every plugin
+    except Exception as error:      # every plugin raises its own
         raise _unreadable(path, error) from error
 
 
-def is_grey(image):
-    """Whether an opened image has one channel, or one and transparency; a palette is colour."""
+def is_grey(image: Image.Image) -> bool:
+    """Whether an image has one channel, not counting transparency. Palettes count as colour."""
     return image.mode[0] in 'L1IF' and image.mode != 'LAB'
 
 
-def jpeg_size(content):
-    """(height, width) as a JPEG's header says; None for other files and odd headers."""
+def jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(height, width) in the header of a JPEG; None for other files and irregular headers."""
     at = 2 if content[:3] == b'\xff\xd8\xff' else len(content)
     while at + 9 <= len(content) and content[at] == 0xff:
         marker = content[at + 1]
@@ -57,56 +59,59 @@ def jpeg_size(content):
     return None
 
 
-def decode_jpeg(content, **options):
-    """torchvision's decoder, to RGB: (3, height, width), uint8, of one JPEG or of a list.
-
-    Imported by those who call it alone: torchvision 0.29 announced that it will go some day.
+def decode_jpeg(content: torch.Tensor | list[torch.Tensor],
+                **options: Any) -> torch.Tensor | list[torch.Tensor]:
+    """Decode one JPEG or a list of JPEGs with torchvision.
 
     Args:
         content (Tensor | list[Tensor]): Bytes (n,), uint8, on the CPU.
         **options: ``device`` and ``apply_exif_orientation``.
 
+    Returns:
+        Tensor | list[Tensor]: Pixels (3, height, width), uint8, RGB.
+
     Raises:
-        RuntimeError: It cannot be decoded.
+        RuntimeError: Decoding failed.
     """
+    # a late import: torchvision 0.29 announced the removal of its decoder
     from torchvision import io as torchvision_io
     return torchvision_io.decode_jpeg(content, mode=torchvision_io.ImageReadMode.RGB, **options)
 
 
-def read_image(path, color_type='color', channels=None):
-    """The pixels of a file, for networks and for people; see :func:`decode_image`."""
+def read_image(path: str, color_type: str = 'color', channels: int | None = None) -> np.ndarray:
+    """Read and decode an image file, see :func:`decode_image`."""
     return decode_image(read_bytes(path), path, color_type, channels)
 
 
-def decode_image(content, path, color_type='color', channels=None):
-    """The pixels of a file's content, turned upright, as OpenMMLab keeps them.
+def decode_image(content: bytes, path: str, color_type: str = 'color',
+                 channels: int | None = None) -> np.ndarray:
+    """Decode an image to upright pixels in OpenMMLab's layout.
 
     ======================  =====================================================================
-    transparency            dropped, but for 'unchanged'
-    16-bit grey             the high byte, as OpenCV; the reference clips, nearly all is white
-    float, 32-bit grey      as they are, if they are numbers from 0 to 255; else an error
+    transparency            dropped, except for 'unchanged'
+    16-bit grey             the high byte, as OpenCV; the reference clips, almost all is white
+    float, 32-bit grey      rounded, if within 0 to 255; else an error
     animated GIF and WebP   the first frame
-    TIFF of several pages   the first page; 'unchanged': a channel for each page of one channel
+    TIFF of several pages   the first page; 'unchanged': one channel per page if pages are grey
     .npy                    (height, width) or (height, width, C); 3 channels are RGB
     ======================  =====================================================================
 
     Args:
-        content (bytes): The file.
-        path (str): What error messages call it.
-        color_type (str): 'color', (height, width, 3), uint8, BGR; 'grayscale', (height, width),
-            uint8; 'unchanged', the channels and values of the file, (height, width) or (height,
-            width, C), uint8 or else fp32. Of 'unchanged', 3 channels are BGR, and others have
-            the order of the file: RGBA, say. Defaults to 'color'.
-        channels (int, optional): How many 'unchanged' pixels have to have, if not one. Defaults to
-            None: any number.
+        content (bytes): Content of the file.
+        path (str): Path for error messages.
+        color_type (str): 'color': (height, width, 3), uint8, BGR. 'grayscale': (height, width),
+            uint8. 'unchanged': channels and values of the file, (height, width) or (height,
+            width, C), uint8 if the file is, else fp32; 3 channels are BGR, any other number keeps
+            the order of the file, e.g. RGBA. Defaults to 'color'.
+        channels (int, optional): Required number of channels of 'unchanged' images that are not
+            grey. Defaults to None: any.
 
     Returns:
         ndarray: The pixels.
 
     Raises:
-        UnreadableImageError: It is no image, ends too early, or is damaged in a way that the
-            decoder notices.
-        DataError: Its channels or values are none that ``color_type`` can show.
+        UnreadableImageError: The content is truncated, not an image, or detectably corrupt.
+        DataError: ``color_type`` cannot represent the channels or values.
     """
     try:
         if content.startswith(b'\x93NUMPY'):
@@ -126,13 +131,13 @@ def decode_image(content, path, color_type='color', channels=None):
 def _load_npy(content):
     pixels = np.load(io.BytesIO(content), allow_pickle=False)
     if pixels.ndim not in (2, 3) or not pixels.size or pixels.dtype.kind not in 'buif':
-        raise ValueError(f'an array of {pixels.dtype} and shape {pixels.shape} is no image '
+        raise ValueError(f'an array of {pixels.dtype} and shape {pixels.shape} is not an image '
                          '(height, width, channels)')
     return pixels * np.uint8(255) if pixels.dtype.kind == 'b' else pixels
 
 
 def _pixels(image, path, color_type):
-    """An opened image upright: as it is if Pillow converts it to 8 bits rightly, else an array."""
+    """Turn an image upright; as an array if Pillow would convert it to 8 bits incorrectly."""
     kind = image.format
     if color_type == 'unchanged' and kind == 'TIFF':
         channels = len(image.getbands())
@@ -144,25 +149,29 @@ def _pixels(image, path, color_type):
             return np.dstack([np.asarray(ImageOps.exif_transpose(page))
                               for page in ImageSequence.Iterator(image)])
     image = ImageOps.exif_transpose(image)
-    # Pillow opens 16-bit PGMs as 32-bit, and before its version 11.3 such PNGs, too
+    # Pillow opens 16-bit PGMs, and before version 11.3 also 16-bit PNGs, as 32-bit
     if image.mode.startswith('I;16') or (image.mode == 'I' and kind in ('PNG', 'PPM')):
         return np.asarray(image).astype(np.uint16)
     if color_type != 'unchanged':
         return np.asarray(image) if image.mode in ('I', 'F') else image
-    if image.mode in ('P', 'PA'):       # a palette is no channel
+    if image.mode in ('P', 'PA'):       # a palette index is not a channel
         image = image.convert('RGBA' if 'transparency' in image.info or image.mode == 'PA'
                               else 'RGB')
     return np.asarray(image.convert('L') if image.mode == '1' else image)
 
 
-def convert_pixels(pixels, path, color_type, wanted=None):
-    """Grey or RGB pixels as an image of ``color_type``; see :func:`decode_image`.
+def convert_pixels(pixels: np.ndarray, path: str, color_type: str,
+                   wanted: int | None = None) -> np.ndarray:
+    """Convert pixels in grey, RGB or other channels to ``color_type``, see :func:`decode_image`.
 
     Args:
-        pixels (ndarray): (height, width) or (height, width, C), of any real type.
-        path (str): What error messages call them.
+        pixels (ndarray): (height, width) or (height, width, C), of any real dtype.
+        path (str): Path for error messages.
         color_type (str): 'color', 'grayscale' or 'unchanged'.
         wanted (int, optional): ``channels`` of :func:`decode_image`. Defaults to None.
+
+    Raises:
+        DataError: See :func:`decode_image`.
     """
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     if pixels.ndim == 3 and channels == 1:
@@ -172,7 +181,7 @@ def convert_pixels(pixels, path, color_type, wanted=None):
             raise DataError(f'{path} has {channels} channels, but the network '
                             f'in_channels={wanted}.')
         if pixels.dtype.kind == 'f' and not np.isfinite(pixels).all():
-            raise DataError(f'{path} has pixels that are no numbers (nan or infinite).')
+            raise DataError(f'{path} has pixels that are not finite (nan or infinite).')
         pixels = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
         return np.ascontiguousarray(pixels[..., ::-1]) if channels == 3 else pixels
     if channels not in (1, 3):
@@ -192,14 +201,14 @@ def convert_pixels(pixels, path, color_type, wanted=None):
 
 def _to_array(image):
     pixels = np.asarray(image)
-    return mmcv.rgb2bgr(pixels) if image.mode == 'RGB' else pixels  # numpy takes ten times as long
+    return mmcv.rgb2bgr(pixels) if image.mode == 'RGB' else pixels  # numpy is ten times slower
 
 
-def to_picture(pixels):
-    """What a person is shown of an image of OpenMMLab: (height, width, 3), uint8, RGB.
+def to_display_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Convert an image in OpenMMLab's layout for display: (height, width, 3), uint8, RGB.
 
-    One channel is grey, and so is the first of two. Of more than three, the first three are red,
-    green and blue. What is not uint8 is stretched from its smallest to its largest value.
+    One or two channels: the first as grey. Three: BGR. More: the first three as RGB. Other dtypes
+    than uint8 are scaled from minimum..maximum to 0..255.
     """
     if pixels.ndim == 2 or pixels.shape[2] < 3:
         pixels = np.dstack([pixels if pixels.ndim == 2 else pixels[..., 0]] * 3)
@@ -212,27 +221,27 @@ def to_picture(pixels):
 
 
 def _unreadable(path, error):
-    reason = (str(error).strip() or type(error).__name__).split('\n')[0].split(' <_io')[0]
-    return UnreadableImageError(f'The image {path} cannot be read: {reason.rstrip(".")}.')
+    return UnreadableImageError(f'The image {path} cannot be read: {first_line(error)}.')
 
 
-def plain_jpeg_size(content):
-    """(height, width) of a JPEG of which every decoder makes the same, None of other files.
+def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that all decoders decode alike, None for other files.
 
-    Such a one has the usual colours, stands upright and is not torn.
+    Such a file is YCbCr or grey, upright and complete.
     """
     try:
         image = Image.open(io.BytesIO(content))
         plain = (image.format == 'JPEG' and image.mode in ('RGB', 'L')
                  and image.info.get('adobe_transform') != 0      # stored as RGB, not YCbCr
                  and image.getexif().get(ORIENTATION, 1) == 1
-                 and b'\xff\xd9' in content[-64:])               # the mark of the end
-    except Exception:       # no image, or damaged EXIF
+                 and b'\xff\xd9' in content[-64:])               # end of image marker
+    except Exception:       # not an image, or corrupt EXIF
         return None
     return image.size[::-1] if plain else None
 
 
-def check_color_type(color_type):
+def check_color_type(color_type: str) -> str:
+    """Return a valid ``color_type``; raise ValueError for another."""
     if color_type not in COLOR_TYPES:
         raise ValueError(f'color_type must be one of {tuple(COLOR_TYPES)}, got {color_type!r}.')
     return color_type

@@ -1,13 +1,18 @@
-"""The steps by which the data sets of a run read and change samples, wherever they are nested."""
+"""Access to the transforms of a dataset, at any nesting."""
+from collections.abc import Iterator
+from typing import Any
+
 from mmcv.transforms import LoadImageFromFile
+from torch import nn
+from torch.utils.data import Dataset
 
 from nepa_mm.checkpoints.loading import unwrapped
-from nepa_mm.datasets.classes import leaves
+from nepa_mm.datasets.classes import base_datasets
 from nepa_mm.datasets.transforms.loading import LoadImageWithPillow
 
 
-def slots(step):
-    """(list, index) of every transform within Compose, TestTimeAug and the like, in order."""
+def slots(step: Any) -> Iterator[tuple[list, int]]:
+    """Yield (list, index) of every transform within Compose, TestTimeAug and the like, in order."""
     steps = _steps(step)
     if not isinstance(steps, list):     # a Compose within a step
         steps = _steps(steps) or []
@@ -24,20 +29,20 @@ def _steps(step):
     return getattr(step, 'transforms', None) or getattr(step, 'subroutines', None)
 
 
-def use_one_reader(dataset, model):
-    """Let a data set read files as the tools do, with as many channels as the network takes.
+def use_one_reader(dataset: Dataset, model: nn.Module) -> None:
+    """Make a dataset read files as the tools do, with the network's number of channels.
 
-    mmcv's LoadImageFromFile without options becomes LoadImageWithPillow. The config stays as it is:
-    OpenMMLab's inferencers look for their own names there.
+    Replaces mmcv's LoadImageFromFile without options by LoadImageWithPillow. The config is not
+    changed, because OpenMMLab's inferencers look for their own names in it.
 
     Args:
-        dataset (Dataset): Changed in place; no worker has it yet.
-        model (nn.Module): The network.
+        dataset (Dataset): Changed in place, before workers have a copy.
+        model (nn.Module): The network, possibly wrapped.
     """
     patch_embed = getattr(getattr(unwrapped(model), 'backbone', None), 'patch_embed', None)
     projection = getattr(patch_embed, 'projection', None)
-    for leaf in leaves(dataset):
-        for steps, index in slots(getattr(leaf, 'pipeline', [])):
+    for base in base_datasets(dataset):
+        for steps, index in slots(getattr(base, 'pipeline', [])):
             old = steps[index]
             if type(old) is LoadImageFromFile and vars(old) == vars(LoadImageFromFile()):
                 steps[index] = LoadImageWithPillow()

@@ -1,32 +1,28 @@
-"""JPEGs made smaller, of which training reads the same."""
+"""Images reduced on disk, so that training decodes fewer pixels."""
 import io
 import os
 import shutil
+from pathlib import Path
 
 import mmcv
 from PIL import Image
 
-from nepa_mm.datasets.images import (
-    decode_image,
-    is_grey,
-    open_image,
-    read_bytes,
-)
+from nepa_mm.datasets.images import decode_image, is_grey, open_image, read_bytes
 
 
-def resize_image(source, target, short_side, quality=95):
-    """Save an image at a smaller size: turned upright, antialiased, never enlarged.
+def resize_image(source: Path, target: Path, short_side: int, quality: int = 95) -> None:
+    """Save an image at a smaller size, upright and antialiased. Never enlarges.
 
-    An image that is small enough is copied. Others are written as LoadImageWithPillow reads them: 8
-    bits, in colour, or grey where the file is. The file appears whole or not at all.
+    An image that is small enough is copied. Other images are written as LoadImageWithPillow reads
+    them: 8 bits per channel, grey if the file is grey, colour otherwise. The write is atomic.
 
     Args:
-        source, target (Path): Files; the format of the source is kept.
-        short_side (int): Largest length of the shorter side in pixels.
-        quality (int): Of JPEGs, 1 to 95. Defaults to 95.
+        source, target (Path): Files. The target has the format of the source.
+        short_side (int): Maximum length of the shorter side in pixels.
+        quality (int): JPEG quality, 1 to 95. Defaults to 95.
 
     Raises:
-        DataError: The source is unreadable; so are images cut short and files that are none.
+        DataError: The source is truncated, corrupt or not an image.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f'.{target.name}.part')

@@ -156,7 +156,7 @@ class NEPAViT(BaseBackbone):
         if fc_norm and out_type not in ('cls_token', 'last_token', 'avg_featmap'):
             raise ValueError('fc_norm normalises one vector per image and needs out_type '
                              f"'cls_token', 'last_token' or 'avg_featmap', got {out_type!r}.")
-        # what tensor shapes do not reveal, for checkpoints.loading.warn_of_other_function
+        # what shapes of tensors do not tell: see loading.warn_if_function_differs
         self.function = dict(act_cfg=dict(act_cfg), rope_theta=rope_theta, scan=scan,
                              norm_eps=norm_eps)
         self.out_type, self.with_cp, self.frozen_stages = out_type, with_cp, frozen_stages

@@ -1,25 +1,30 @@
-"""Files that are complete or absent, locked folders, and full disks."""
+"""Atomic writes, folder locks and logging to a full disk."""
 import fcntl
 import os
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
+from logging import Logger
 from pathlib import Path
+
+from mmengine.visualization import Visualizer
 
 WRITERS = ('add_config', 'add_graph', 'add_image', 'add_scalar', 'add_scalars', 'close')
 
 
-def lock_folder(folder):
-    """Lock a folder for as long as this process lives, however it ends.
+def lock_folder(folder: str | Path) -> int | None:
+    """Lock a folder against other processes for the lifetime of this one.
 
-    The kernel holds the lock, on all machines that share the folder if its file system can do so,
-    so nothing has to be cleaned up. It is for other processes, not for this one.
+    The kernel holds the lock and releases it however the process ends. It covers all machines that
+    share the folder if the file system supports it. This process can lock the folder again.
 
     Args:
-        folder (str): It gets a file ``.lock``.
+        folder (str | Path): Created if missing; gets a file ``.lock``.
 
     Returns:
-        int | None: The open file; -1 where there are no locks; None if another process has it.
+        int | None: The open file, -1 if the folder is not writable, None if another process
+        holds the lock.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -32,20 +37,22 @@ def lock_folder(folder):
     except (BlockingIOError, PermissionError):
         os.close(file)
         return None
-    except OSError:
+    except OSError:     # no locks on this file system
         pass
     return file
 
 
-def survive_full_disk(visualizer, logger):
-    """Let the backends of a visualizer warn, once for as long as it lasts, where they cannot write.
+def survive_full_disk(visualizer: Visualizer, logger: Logger) -> None:
+    """Make the backends of a visualizer warn instead of raise when they cannot write.
+
+    Each backend warns once, and again only after it could write in between.
 
     Args:
         visualizer (Visualizer): Changed in place.
-        logger (Logger): Where to warn.
+        logger (Logger): Receives the warnings.
     """
     for backend in visualizer._vis_backends.values():
-        failed = []     # shared by the writers of a backend
+        failed = []     # shared by all writers of a backend
 
         def tolerant(write, backend=backend, failed=failed):
             @wraps(write)
@@ -54,7 +61,7 @@ def survive_full_disk(visualizer, logger):
                     result = write(*args, **kwargs)
                 except OSError as error:
                     if not failed:
-                        logger.warning(f'{type(backend).__name__} cannot write, the run goes on '
+                        logger.warning(f'{type(backend).__name__} cannot write, the run continues '
                                        f'without its logs: {error}')
                     failed[:] = [error]
                     return None
@@ -69,21 +76,21 @@ def survive_full_disk(visualizer, logger):
 
 
 @contextmanager
-def atomic_write(path, overwrite=False):
-    """Write a file so that it is either complete or not there.
+def atomic_write(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Write a file so that it is either complete or absent.
 
-    What was left of it by a process that was killed meanwhile is removed.
+    Removes temporary files of the same target that killed processes left behind.
 
     Args:
-        path (str): The file.
-        overwrite (bool): Whether it may take the place of an older one, which stays until
-            the new one is whole. Defaults to False.
+        path (str | Path): The file. Its folder is created if missing.
+        overwrite (bool): Whether to replace an existing file. The old file stays until the new
+            one is complete. Defaults to False.
 
     Yields:
-        Path: A temporary file beside it, which takes its place at the end.
+        Path: A temporary file in the same folder, renamed to ``path`` on success.
 
     Raises:
-        FileExistsError: Something is there already.
+        FileExistsError: ``path`` exists and ``overwrite`` is False.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -93,15 +100,15 @@ def atomic_write(path, overwrite=False):
     temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
     lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with suppress(OSError):     # no locks here
+        with suppress(OSError):     # no locks on this file system
             fcntl.flock(lock, fcntl.LOCK_EX)
-        mode = temporary.stat().st_mode     # of any new file; safetensors makes its own private
+        mode = temporary.stat().st_mode     # default mode; safetensors makes its files private
         yield temporary
         temporary.chmod(mode)
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)      # the new name, too, outlives a power cut
+        folder = os.open(path.parent, os.O_RDONLY)      # make the rename survive a power cut
         try:
             os.fsync(folder)
         finally:
@@ -111,11 +118,11 @@ def atomic_write(path, overwrite=False):
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(path):
-    """Remove temporary files of :func:`atomic_write` that no living process of any machine holds.
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of :func:`atomic_write` that no live process on any machine locks.
 
     Args:
-        path (Path): What was to be written; its name may be a pattern.
+        path (Path): The target of the write; its name may be a glob pattern.
     """
     for file in path.parent.glob(f'.{path.stem}.*{path.suffix}'):
         if re.fullmatch(r'\..*\.\d+', file.name.removesuffix(path.suffix)) and file.is_file():

@@ -1,14 +1,16 @@
-"""Nested configs: what is at a path, and every dict within."""
+"""Access to nested configs by path."""
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 from mmengine.config import Config
 
 
-def at(node, path):
-    """The value at a path of a config.
+def at(node: Any, path: Sequence[str]) -> Any:
+    """Return the value at a path of a config. Digits index lists and tuples.
 
     Raises:
-        KeyError: There is none.
+        KeyError: The path does not exist.
     """
     for name in path:
         if isinstance(node, (list, tuple)) and name.isdigit() and int(name) < len(node):
@@ -20,15 +22,16 @@ def at(node, path):
     return node
 
 
-def exists(cfg, path):
+def exists(cfg: Any, path: Sequence[str]) -> bool:
+    """Whether a config has a value at a path."""
     with suppress(KeyError):
         at(cfg, path)
         return True
     return False
 
 
-def paths(node, path=()):
-    """Every path at and below a node."""
+def paths(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of a node and of everything below it."""
     yield path
     children = node.items() if isinstance(node, dict) else (
         enumerate(node) if isinstance(node, (list, tuple)) else ())
@@ -37,8 +40,8 @@ def paths(node, path=()):
             yield from paths(child, (*path, str(name)))
 
 
-def dicts(node):
-    """Every dict in a nested config, outermost first."""
+def dicts(node: Any) -> Iterator[dict]:
+    """Yield every dict of a nested config, outermost first."""
     if isinstance(node, dict):
         yield node
         node = node.values()

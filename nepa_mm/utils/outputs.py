@@ -1,32 +1,34 @@
-"""Outputs of the tools: nothing takes the place of a file that a tool did not make.
+"""Output files of the tools. No tool overwrites a file that it did not write.
 
-Pictures, which people look at, get the next free name, and the tool says which. What programs read
-(``--out``) has to be new. A tool that fills a folder knows its own by a note in it.
+Images get the next free name, which the tool prints. Files for programs (``--out``) must not exist
+yet. A tool that fills a folder marks it with an empty note file and reuses only marked folders.
 """
 import os
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from mmengine import dist
 from mmengine.logging import print_log
+from torch.utils.data import Dataset
 
-NAME = 110      # bytes of a part of a name; file systems allow 255 in all
-
-
-def shortened(name):
-    """The beginning of a name, in characters that can be written and printed."""
-    return name.encode(errors='ignore')[:NAME].decode(errors='ignore') or 'image'
+MAX_NAME_BYTES = 110    # of one part of a file name; file systems allow 255 in total
 
 
-def free_path(path, taken=(), *folders):
-    """``path``, or the same with the first number from 2 on that is free.
+def truncate_name(name: str) -> str:
+    """Cut a name to ``MAX_NAME_BYTES`` and drop characters that cannot be encoded."""
+    return name.encode(errors='ignore')[:MAX_NAME_BYTES].decode(errors='ignore') or 'image'
+
+
+def free_path(path: str | Path, taken: Container[str] = (), *folders: str | Path) -> Path:
+    """Return ``path``, or if it exists ``stem_N.suffix`` with the first free N >= 2.
 
     Args:
         path (str | Path): The file.
-        taken (Container[str]): Names that are given away already. Defaults to none.
-        *folders (str | Path): Further folders in which the name has to be free.
+        taken (Container[str]): Further names to avoid. Defaults to none.
+        *folders (str | Path): Further folders in which the name must be free.
 
     Returns:
-        Path: Nothing is there, not even a link that leads nowhere.
+        Path: A path without a file or a link, not even a dangling one.
     """
     path, n = Path(path), 1
     free = path
@@ -37,63 +39,63 @@ def free_path(path, taken=(), *folders):
     return free
 
 
-def page_names(images, *folders):
-    """A file for what is made of each image: none of them twice, none of them there before.
+def page_names(images: Iterable[str | Path], *folders: str | Path) -> Iterator[Path]:
+    """Choose an output file for each image. No name is used twice or exists already.
 
     Args:
-        images (Iterable[str]): Paths of the images.
-        *folders (str | Path): Where there will be a file of that name.
+        images (Iterable[str | Path]): Paths of the images.
+        *folders (str | Path): Folders that get a file of that name.
 
     Yields:
-        Path: ``x.png`` in the first folder; where that is taken with the image's folder, or else a
-        number.
+        Path: ``x.png`` in the first folder. If taken, the name is prefixed with the image's
+        folder and, if that is taken too, numbered.
     """
     taken = set()
     for image in map(Path, images):
-        path = Path(folders[0]) / f'{shortened(image.stem)}.png'
+        path = Path(folders[0]) / f'{truncate_name(image.stem)}.png'
         if free_path(path, taken, *folders[1:]) != path and image.parent.name:
-            path = path.with_name(f'{shortened(image.parent.name)}_{path.name}')
+            path = path.with_name(f'{truncate_name(image.parent.name)}_{path.name}')
         path = free_path(path, taken, *folders[1:])
         taken.add(path.name)
         yield path
 
 
-def pages_of(dataset, out_dir):
-    """The pages of a data set's files, by path; every process gets those of the first.
+def dataset_pages(dataset: Dataset, out_dir: str | Path) -> dict[str, Path]:
+    """Map each image path of a dataset to an output file, equal in all processes.
 
-    The log says how many are not named after the file alone.
+    Logs how many outputs are not named after their image alone.
     """
     infos = [dataset.get_data_info(i) for i in range(len(dataset))] if hasattr(
         dataset, 'get_data_info') else []
     paths = list(dict.fromkeys(info['img_path'] for info in infos if info.get('img_path')))
     pages = [dict(zip(paths, page_names(paths, out_dir)))]
     dist.broadcast_object_list(pages)
-    other = [path for path in paths if pages[0][path].stem != Path(path).stem]
-    if other:
-        print_log(f'{len(other)} of {len(paths)} names in {out_dir} were taken: '
-                  f'{other[0]} becomes {pages[0][other[0]].name}, for example.', 'current')
+    renamed = [path for path in paths if pages[0][path].stem != Path(path).stem]
+    if renamed:
+        print_log(f'{len(renamed)} of {len(paths)} names in {out_dir} were taken: '
+                  f'{renamed[0]} becomes {pages[0][renamed[0]].name}, for example.', 'current')
     return pages[0]
 
 
-def check_new(path, flag):
-    """Refuse a file that is there, and a folder that holds something.
+def check_new(path: str | Path, flag: str) -> None:
+    """Reject an existing file or a folder that is not empty.
 
     Raises:
-        FileExistsError: The sentence begins with ``flag``.
+        FileExistsError: The path exists. The message begins with ``flag``.
     """
     if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise FileExistsError(f'{flag} {path} exists already; remove it or name another.')
 
 
-def own_folder(folder, note):
-    """Make a folder for the files of one tool, or go on in the one that it made before.
+def own_folder(folder: Path, note: str) -> None:
+    """Create a folder for the files of one tool, or reuse one that the tool created.
 
     Args:
-        folder (Path): New, empty, or with ``note`` in it.
-        note (str): Name of a file, empty unless the tool fills it.
+        folder (Path): A folder that is new, empty or contains ``note``.
+        note (str): Name of the marker file. It stays empty unless the tool fills it.
 
     Raises:
-        FileExistsError: It holds something else.
+        FileExistsError: The folder has other content.
     """
     if not (folder / note).is_file():
         check_new(folder, 'The folder')

@@ -1,16 +1,28 @@
-"""Random states that are set for a while and put back."""
+"""Seeds, and context managers that restore random states."""
 import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 
+def derive_seed(*numbers: int) -> int:
+    """Hash several numbers, e.g. (seed, epoch, rank), into one 32-bit seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 @contextmanager
-def kept_random_state():
-    """Put the random states of Python, NumPy and PyTorch back as they were."""
+def preserve_rng_state(devices: Sequence[int] | None = None) -> Iterator[None]:
+    """Restore the random states of Python, NumPy and PyTorch on exit.
+
+    Args:
+        devices (Sequence[int], optional): CUDA devices to restore besides the CPU. Defaults to
+            None: the current device, if there is one.
+    """
     python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    if devices is None:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices):
             yield
@@ -19,21 +31,11 @@ def kept_random_state():
         np.random.set_state(numpy)
 
 
-def derive_seed(*numbers):
-    """One seed of 32 bits for several numbers, e.g. (seed, epoch, rank)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 @contextmanager
-def seeded(seed):
-    """Draw from ``seed`` inside, on the CPU, and go on as before after it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
+def fixed_seed(seed: int) -> Iterator[None]:
+    """Seed Python, NumPy and PyTorch on the CPU; restore their states on exit."""
+    with preserve_rng_state(devices=()):    # data loader workers must not touch CUDA
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

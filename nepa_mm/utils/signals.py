@@ -1,42 +1,47 @@
-"""SIGTERM asks a run to save and end: its processes note it, their workers ignore it."""
+"""SIGTERM asks a run to save and exit. Its processes record the request; workers ignore it."""
 import atexit
 import multiprocessing
 import signal
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 
-STATUS = 128 + signal.SIGTERM       # of a process that SIGTERM ended, as shells count
+from torch.utils.data import DataLoader
+
+Handler = Callable | int | None     # what signal.signal accepts and returns
+
+STATUS = 128 + signal.SIGTERM       # exit status after SIGTERM, as shells report it
 
 
 class Request:
-    """Whether SIGTERM came."""
+    """State of a request to stop."""
 
-    received = False    # to this process
-    agreed = False      # to one of the processes, as all of them have learned by the same update
+    received = False    # SIGTERM reached this process
+    agreed = False      # SIGTERM reached some process, and all of them learned it by this update
 
 
 request = Request()
 
 
-def _note(signum, frame):
+def _record(signum, frame):
     request.received = True
 
 
-def listen():
-    """Note SIGTERM from now on, instead of ending; return the handler before."""
+def listen() -> Handler:
+    """Record SIGTERM from now on instead of exiting. Returns the previous handler."""
     request.received = request.agreed = False
-    return _set(_note)
+    return _set(_record)
 
 
-def end_at_once():
-    """End with the status of SIGTERM as soon as it comes; return the handler before."""
+def end_at_once() -> Handler:
+    """Exit with ``STATUS`` as soon as SIGTERM arrives. Returns the previous handler."""
     def end(signum, frame):
-        listen()        # a second one must not cut the exit
+        listen()        # a second SIGTERM must not interrupt the exit
         raise SystemExit(STATUS)
     return _set(end)
 
 
-def restore(handler):
-    """Put back a handler; None leaves the one that is there."""
+def restore(handler: Handler) -> None:
+    """Restore a handler; None changes nothing."""
     if handler is not None:
         _set(handler)
 
@@ -44,35 +49,35 @@ def restore(handler):
 def _set(handler):
     try:
         return signal.signal(signal.SIGTERM, handler)
-    except ValueError:      # only the main thread may listen
+    except ValueError:      # not in the main thread
         return None
 
 
-def shield_workers(loader):
-    """Block SIGTERM in the workers of a DataLoader from their first moment on.
+def shield_workers(loader: DataLoader) -> None:
+    """Block SIGTERM in the workers of a DataLoader from their start.
 
-    It is sent to whole groups of processes (``timeout``, Slurm), and workers that obey leave the
-    last update without its batch. They end when their parent ends them, or is gone.
+    ``timeout`` and Slurm signal the whole process group. Workers that exit would leave the last
+    update without its batch. Shielded workers stop when their parent stops them or is gone.
     """
     start = loader._get_iterator
 
     def start_shielded():
         if multiprocessing.get_start_method() != 'fork':
-            resource_tracker.ensure_running()       # its start would end the block
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})   # they inherit it
+            resource_tracker.ensure_running()       # starting it later would unblock SIGTERM
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})   # workers inherit it
         try:
             return start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     loader._get_iterator = start_shielded
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)
+    atexit.unregister(_kill_workers)
+    atexit.register(_kill_workers)
 
 
-def _end_workers():
-    """Kill what multiprocessing would ask to end by SIGTERM, and then wait for."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's would raise
+def _kill_workers():
+    """Kill the daemons that multiprocessing would send SIGTERM to and then wait for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

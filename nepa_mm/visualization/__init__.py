@@ -1,1 +1,1 @@
-"""What a network does with an image, and how it is drawn."""
+"""Inspect what a network does with an image, and draw it."""

@@ -1,30 +1,33 @@
-"""What a network does with an image: where a patch looks, what it predicts."""
+"""Attention, features and predictions of a network for one image."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 @dataclass
 class View:
-    """What :func:`inspect_image` found out about one image; maps are (gh, gw), in fp32 on the CPU.
+    """Result of :func:`inspect_image` for one image. Maps are (gh, gw), fp32.
 
     Attributes:
         query (int): The query patch, in raster order from 0.
-        target (int, optional): The patch that the output at the query predicts; None
-            behind the last one, or in a network that does not predict.
-        attention (ndarray): Weights of the query on the patches; NaN where a causal
-            query cannot look. They sum to 1 - ``prefix_attention``.
-        prefix_attention (float): Its weight on the class token.
+        target (int, optional): The patch that the output at the query predicts. None if it would
+            lie behind the last patch, or if the network does not predict.
+        attention (ndarray): Attention weights of the query on the patches, which sum to
+            1 - ``prefix_attention``. NaN where a causal query cannot attend.
+        prefix_attention (float): Attention weight of the query on the class token.
         pca (ndarray): Colours (gh, gw, 3) in [0, 1].
-        pca_variance (float): Share of the variance that these three components have.
-        similarity (ndarray, optional): Cosine of the output at the query with every patch
-            embedding. None, as all that follow, without a ``target``.
-        next_cosine (ndarray, optional): Cosine of every patch with its prediction, at the
-            patch that is predicted. NaN where none is.
-        lift (ndarray, optional): The same minus the cosine of that prediction with the
-            last patch that it had read. NaN also where that is the class token.
+        pca_variance (float): Fraction of the variance in these three components.
+        similarity (ndarray, optional): Cosine of the output at the query with each patch
+            embedding. None without a ``target``.
+        next_cosine (ndarray, optional): Cosine of each patch with its prediction. NaN for patches
+            that are not predicted. None if the network does not predict.
+        lift (ndarray, optional): ``next_cosine`` minus the cosine of the same prediction with the
+            last patch that it had read. NaN also where it had read only the class token. None if
+            the network does not predict.
     """
 
     query: int
@@ -38,16 +41,17 @@ class View:
     lift: np.ndarray | None = None
 
 
-def attention_weights(attn, x, sin, cos, rows=slice(None)):
-    """The weights with which an :class:`~nepa_mm.models.layers.Attention` sums its values.
+def attention_weights(attn: nn.Module, x: Tensor, sin: Tensor, cos: Tensor,
+                      rows: slice = slice(None)) -> Tensor:
+    """Compute the softmax weights of an :class:`~nepa_mm.models.layers.Attention`.
 
     Args:
         attn (Attention): The module.
-        x, sin, cos (Tensor): Its inputs, (B, T, D) and (T, K).
-        rows (slice): Which R queries are wanted. Defaults to all.
+        x, sin, cos (Tensor): Its inputs, (B, T, D) and twice (T, K).
+        rows (slice): Queries to compute. Defaults to all.
 
     Returns:
-        Tensor: (B, H, R, T).
+        Tensor: (B, H, R, T) for R queries.
     """
     q, k, _ = attn.project(x, sin, cos)
     logits = q[:, :, rows] @ k.mT * q.shape[-1] ** -0.5
@@ -57,15 +61,16 @@ def attention_weights(attn, x, sin, cos, rows=slice(None)):
     return logits.softmax(dim=-1)
 
 
-def query_attention(calls, token, heads, rollout):
-    """Attention of one token over all tokens (T,): the mean over layers, or the rollout.
+def query_attention(calls: Sequence[tuple], token: int, heads: Sequence[int],
+                    rollout: bool) -> Tensor:
+    """Attention of one token over all tokens (T,): mean over layers, or rollout.
 
     Args:
-        calls (list): (Attention, x, sin, cos) of each layer, the first one first.
+        calls (Sequence[tuple]): (Attention, x, sin, cos) of each layer, in order.
         token (int): The query.
-        heads (list[int]): Heads to average.
-        rollout (bool): Whether to follow attention through the layers: the product of
-            (weights + identity) / 2, see Abnar and Zuidema 2020 (arXiv 2005.00928).
+        heads (Sequence[int]): Heads to average.
+        rollout (bool): Whether to multiply (weights + identity) / 2 of all layers, see Abnar and
+            Zuidema 2020 (arXiv 2005.00928).
     """
     if not rollout:
         rows = [attention_weights(*call, slice(token, token + 1))[0, heads] for call in calls]
@@ -76,13 +81,13 @@ def query_attention(calls, token, heads, rollout):
     return row
 
 
-def pca_colours(features):
-    """The first three principal components of features (N, D) as colours (N, 3) in [0, 1].
+def pca_colours(features: Tensor) -> tuple[Tensor, float]:
+    """Map the first three principal components of features (N, D) to colours (N, 3) in [0, 1].
 
-    Each component runs from its 1st to its 99th percentile; its largest loading is positive.
+    Each component is scaled from its 1st..99th percentile. Its largest loading is positive.
 
     Returns:
-        tuple[Tensor, float]: Colours, and the share of the variance that they show.
+        tuple[Tensor, float]: Colours, and the fraction of the variance that they show.
     """
     features = features.double().cpu()
     features = features - features.mean(dim=0)
@@ -96,21 +101,22 @@ def pca_colours(features):
 
 
 @torch.no_grad()
-def inspect_image(backbone, img, query, layers, heads, block, rollout=False, shift=None):
-    """Run the network on one image and look inside.
+def inspect_image(backbone: nn.Module, img: Tensor, query: int, layers: Sequence[int],
+                  heads: Sequence[int], block: int, rollout: bool = False,
+                  shift: int | None = None) -> View:
+    """Run the network on one image and compute its maps.
 
     Args:
         backbone (NEPAViT): The network, in evaluation mode.
-        img (Tensor): (1, C, height, width), normalised, whole patches.
+        img (Tensor): (1, C, height, width), normalised; sides are multiples of the patch size.
         query (int): Query patch, in raster order from 0.
-        layers (list[int]): Blocks whose attention is averaged, from 0, rising.
-        heads (list[int]): Heads that are averaged, from 0.
+        layers (Sequence[int]): Blocks whose attention is averaged, from 0, ascending.
+        heads (Sequence[int]): Heads to average, from 0.
         block (int): Block whose output is shown by its principal components.
         rollout (bool): See :func:`query_attention`. Defaults to False.
-        shift (int, optional): How many patches ahead the outputs predict, as in
-            :class:`NEPAHead`, where 0 is compared with the next patch as
-            :class:`NEPAMonitorHook` does; None in a network that does not predict.
-            Defaults to None.
+        shift (int, optional): Number of patches that the outputs predict ahead, as in
+            :class:`NEPAHead`. 0 is treated as 1, as :class:`NEPAMonitorHook` does. None for a
+            network that does not predict. Defaults to None.
 
     Returns:
         View: The maps.
@@ -138,8 +144,8 @@ def inspect_image(backbone, img, query, layers, heads, block, rollout=False, shi
         return view
     shift = max(shift, 1)
     z, h = (F.normalize(x[0].float(), dim=-1, eps=1e-12) for x in (z, outs[-1]))
-    # without the class token; its output predicts patch `shift - 1`, that of patch t predicts
-    # t + shift, and those of the last `shift` patches predict nothing
+    # The output at patch t predicts patch t + shift; the class token predicts patch shift - 1; the
+    # last `shift` outputs predict nothing.
     cls, h = h[0], h[prefix:]
     next_cosine, lift = z.new_full((2, num_patches), torch.nan)
     lift[shift:] = next_cosine[shift:] = (h[:-shift] * z[shift:]).sum(dim=-1)

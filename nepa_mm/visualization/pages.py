@@ -1,29 +1,36 @@
-"""Pages that show what a network does with an image."""
+"""Figures of what a network does with an image."""
 import textwrap
+from collections.abc import Sequence
 from math import log
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 
 from nepa_mm.utils.files import atomic_write
+from nepa_mm.visualization.inspect import View
 
 QUERY, TARGET, NO_VALUE, DASHES = '#ff2d2d', '#00b7ff', '#d4d4d8', (0, (2, 1))
-# map: (name on a sheet, colours, whether the target is marked); the last three need a prediction
+# map: (name on a sheet, colour map, mark the target); the last three need a prediction
 PANELS = dict(
     image=('image', None, True), attention=('attention', 'inferno', False),
     pca=('PCA', None, False), similarity=('prediction', 'viridis', True),
     next_cosine=('next-cosine', 'viridis', False), lift=('lift', 'RdBu', False))
 
 
-def panel_names(view):
-    """Names of the panels that a network fills."""
+def panel_names(view: View) -> list[str]:
+    """Names of the panels for which a view has maps."""
     return list(PANELS)[:3 if view.next_cosine is None else 6]
 
 
-def panel_titles(image, view, settings):
-    """What each panel of a page shows."""
+def panel_titles(image: np.ndarray, view: View, settings: dict[str, str]) -> dict[str, str]:
+    """Titles of the panels; ``settings`` as in :func:`draw_page`."""
     (height, width), (gh, gw) = image.shape[:2], view.attention.shape
     titles = dict(
         image=f'what the model saw: {width} x {height} pixels, {gw} x {gh} patches',
@@ -43,23 +50,24 @@ def panel_titles(image, view, settings):
     return titles
 
 
-def normalisation(name, views):
-    """One colour scale for a map of all views; None where there are no values or colours."""
+def normalisation(name: str, views: Sequence[View]) -> Normalize | None:
+    """Shared colour scale of one map of all views; None without values or a colour map."""
     maps = [getattr(view, name) for view in views] if PANELS[name][1] else []
     maps = [values.ravel() for values in maps if values is not None]
     if not maps:
         return None
     values = np.concatenate(maps)
     low, high = np.nanmin(values), np.nanmax(values)
-    if name == 'attention':     # spreads small weights, as the reference's display does
+    if name == 'attention':     # spread small weights, as the reference does
         return PowerNorm(0.25, 0, high)
     if name == 'lift':          # white is zero
         low, high = -max(-low, high), max(-low, high)
     return Normalize(low, high)
 
 
-def draw_map(axis, name, image, view, norm, lw):
-    """Draw one panel in pixels of the image and mark query and target; return what has colours."""
+def draw_map(axis: Axes, name: str, image: np.ndarray, view: View, norm: Normalize | None,
+             lw: float) -> AxesImage:
+    """Draw one panel in pixel coordinates of the image; mark query and target."""
     (height, width), (gh, gw) = image.shape[:2], view.attention.shape
     _, cmap, mark_target = PANELS[name]
     values = image if name == 'image' else getattr(view, name)
@@ -82,15 +90,15 @@ def draw_map(axis, name, image, view, norm, lw):
     return shown
 
 
-def colour_bar(figure, shown, cax, **kwargs):
+def colour_bar(figure: Figure, shown: AxesImage, cax: Axes, **kwargs: Any) -> None:
     """Draw the colour bar of a map."""
     if isinstance(shown.norm, PowerNorm):   # ticks where colours are evenly spaced
         kwargs.update(ticks=shown.norm.inverse(np.linspace(0, 1, 5)), format='%.2g')
     figure.colorbar(shown, cax=cax, **kwargs).ax.tick_params(labelsize=8)
 
 
-def add_legend(figure, view, causal):
-    """Say below everything what the marks mean, and which output predicts which patch."""
+def add_legend(figure: Figure, view: View, causal: bool) -> None:
+    """Explain below the panels the marks, and which output predicts which patch."""
     predicts = view.next_cosine is not None
     handles = [Patch(fill=False, ec=QUERY, lw=1.6, label='query')]
     note = 'No prediction: this network was not trained to predict embeddings.'
@@ -109,22 +117,23 @@ def add_legend(figure, view, causal):
     legend.get_title().set_multialignment('center')
 
 
-def shorten(name, length):
-    """A name without its middle, if it is longer than ``length``."""
+def shorten(name: str, length: int) -> str:
+    """Replace the middle of a name longer than ``length`` by dots."""
     return name if len(name) <= length else f'{name[:length // 2 - 1]}...{name[-length // 2 + 2:]}'
 
 
-def draw_page(path, name, image, view, source, settings, causal):
-    """Draw one image's page.
+def draw_page(path: Path, name: str, image: np.ndarray, view: View, source: str,
+              settings: dict[str, str], causal: bool) -> None:
+    """Draw the figure of one image.
 
     Args:
-        path (Path): The file; nothing is there.
-        name (str): Of the image.
-        image (ndarray): What the network saw, (height, width, 3), uint8.
-        view (View): Its maps.
+        path (Path): The output file; must not exist.
+        name (str): Name of the image.
+        image (ndarray): Pixels that the network saw, (height, width, 3), uint8.
+        view (View): Maps of the image.
         source (str): Checkpoint and weights, for the title.
         settings (dict[str, str]): 'attention' and 'pca': layers, heads and block in words.
-        causal (bool): Whether the query could not look at what comes after it.
+        causal (bool): Whether the query cannot attend to later patches.
     """
     names, aspect = panel_names(view), image.shape[0] / image.shape[1]
     w, h = 4.2 * aspect ** -0.5, 4.2 * aspect ** 0.5
@@ -146,10 +155,11 @@ def draw_page(path, name, image, view, source, settings, causal):
     save(figure, path)
 
 
-def draw_sheet(path, entries, source, settings, causal):
-    """Draw a contact sheet: a row per image, a column per map, with one colour scale each.
+def draw_sheet(path: Path, entries: Sequence[tuple[str, np.ndarray, View]], source: str,
+               settings: dict[str, str], causal: bool) -> None:
+    """Draw a contact sheet: one row per image, one column and colour scale per map.
 
-    ``entries`` has (name, image, view) of every image; all else as in :func:`draw_page`.
+    ``entries`` has (name, image, view) of each image; other arguments as in :func:`draw_page`.
     """
     views = [view for _, _, view in entries]
     names = panel_names(views[0])
@@ -174,8 +184,8 @@ def draw_sheet(path, entries, source, settings, causal):
     save(figure, path)
 
 
-def save(figure, path):
-    """Write a figure whole."""
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure atomically and close it."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)

@@ -18,7 +18,7 @@ from nepa_mm import apis
 from nepa_mm.apis.cfg_options import add_cfg_options
 from nepa_mm.apis.channels import check_channels
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
-from nepa_mm.datasets.classes import align, left_out
+from nepa_mm.datasets.classes import align_datasets, skipped_images
 from nepa_mm.datasets.pipelines import use_one_reader
 from nepa_mm.evaluation.frozen_features import FEATURES, knn_accuracy
 
@@ -75,10 +75,10 @@ def main(argv=None):
         args.k = min(args.k, len(bank.dataset))
         for loader in (bank, queries):
             use_one_reader(loader.dataset, model)
-        for sentence in [*align(queries.dataset, 'test_dataloader', bank.dataset,
-                                'train_dataloader'),
-                         *left_out(bank.dataset, 'train_dataloader'),
-                         *left_out(queries.dataset, 'test_dataloader')]:
+        for sentence in [*align_datasets(queries.dataset, 'test_dataloader', bank.dataset,
+                                         'train_dataloader'),
+                         *skipped_images(bank.dataset, 'train_dataloader'),
+                         *skipped_images(queries.dataset, 'test_dataloader')]:
             print(f'warning: {sentence}')
         accuracy = knn_accuracy(model, bank, queries, feature=args.feature, block=args.block,
                                 k=args.k, temperature=args.temperature)

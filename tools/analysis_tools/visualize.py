@@ -23,7 +23,7 @@ from nepa_mm import apis
 from nepa_mm.apis.cfg_options import add_cfg_options
 from nepa_mm.apis.channels import check_channels, color_type, preprocessing
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
-from nepa_mm.datasets.images import read_image, to_picture
+from nepa_mm.datasets.images import read_image, to_display_rgb
 from nepa_mm.models.vit import NEPAViT
 from nepa_mm.utils.nested import dicts
 from nepa_mm.utils.outputs import page_names
@@ -203,7 +203,7 @@ def main(argv=None):
         page = next(pages)
         view = inspect_image(backbone, normalise(image, cfg, backbone.cls_token.device), query,
                              layers, heads, block, args.rollout, shift)
-        image = to_picture(image)
+        image = to_display_rgb(image)
         draw_page(page, name, image, view, source, settings, backbone.causal)
         print(page)
         entries.append((name, image, view))

@@ -44,7 +44,7 @@ from nepa_mm.checkpoints.huggingface_config import (
     published_config,
 )
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
-from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, weights_of
+from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, which_weights
 from nepa_mm.checkpoints.recorded import recorded_config
 from nepa_mm.utils.files import atomic_write
 
@@ -146,7 +146,7 @@ def to_mm(args):
               + ', '.join(f'{key}={DEFAULTS[key]}' for key in missing))
     checkpoint = read_checkpoint(args.src, weights=args.weights)
     state_dict = select_weights(checkpoint, args.weights, args.src)
-    which = weights_of(checkpoint, args.weights)
+    which = which_weights(checkpoint, args.weights)
     names = checkpoint.get('published_names')
     if names is None:
         raise ValueError(f'{args.src} holds no published NEPA weights: it has keys like '
@@ -194,7 +194,7 @@ def to_hf(args):
         raise FileExistsError(f'{folder} exists already; remove it or name another.')
     checkpoint = read_checkpoint(args.src, weights=args.weights)
     state_dict = select_weights(checkpoint, args.weights, args.src)
-    which, meta = weights_of(checkpoint, args.weights), checkpoint['meta']
+    which, meta = which_weights(checkpoint, args.weights), checkpoint['meta']
     cfg = (Config.fromfile(args.config).to_dict() if args.config
            else recorded_config(meta, args.src))
     if cfg.get('model') is None:

@@ -15,7 +15,7 @@ from nepa_mm import apis
 from nepa_mm.apis.input_spec import input_of
 from nepa_mm.checkpoints.hub import sha256
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
-from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, weights_of
+from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, which_weights
 from nepa_mm.checkpoints.recorded import recorded_config
 
 
@@ -42,7 +42,7 @@ def publish(args):
         except ValueError as error:     # the weights are worth giving away all the same
             print(f'how images become its input is not recorded: {error}')
     kept = {key: value for key, value in kept.items() if value is not None}
-    which = weights_of(checkpoint, args.weights)
+    which = which_weights(checkpoint, args.weights)
     draft = Path(f'{args.out_prefix}_draft.safetensors')
     save_weights(state_dict, draft, weights=dict(state_dict=which), **kept)
     final = f'{args.out_prefix}_{datetime.date.today():%Y%m%d}-{sha256(draft)[:8]}.safetensors'

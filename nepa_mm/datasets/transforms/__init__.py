@@ -1,4 +1,4 @@
-"""Steps of a pipeline; importing this package registers them."""
+"""Pipeline transforms; importing this package registers them."""
 from . import gpu_decode  # noqa: F401
 from .crops import LoadRandomResizedCrop, PackEncodedCrop
 from .loading import LoadImageWithPillow

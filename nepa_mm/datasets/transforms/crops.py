@@ -1,5 +1,7 @@
-"""Random resized crops, read as fast as torchvision can."""
+"""Random resized crops with torchvision's fast decoder."""
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import mmcv
 import numpy as np
@@ -21,12 +23,11 @@ from nepa_mm.datasets.images import (
 
 @TRANSFORMS.register_module()
 class LoadRandomResizedCrop(RandomResizedCrop):
-    """LoadImageWithPillow and RandomResizedCrop in one, and faster.
+    """Faster equivalent of LoadImageWithPillow followed by RandomResizedCrop.
 
-    torchvision decodes and resizes, with antialiasing, without a copy in between. The same
-    random draws give the same crops as ``RandomResizedCrop(backend='pillow')``, and pixels
-    that differ by rounding. What is no JPEG goes through the two transforms themselves.
-    Needs torchvision 0.17 or later.
+    torchvision decodes and resizes, with antialiasing and without a copy in between. The same
+    random draws yield the same crops as ``RandomResizedCrop(backend='pillow')``; pixels differ by
+    rounding. Files other than JPEGs go through the two transforms. Requires torchvision >= 0.17.
 
     Example::
 
@@ -37,9 +38,9 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         ]
 
     Args:
-        scale (int | Sequence[int]): Side, or height and width, of the result.
+        scale (int | Sequence[int]): Side, or height and width, of the output in pixels.
         interpolation (str): 'bilinear' or 'bicubic'. Defaults to 'bilinear'.
-        color_type (str): As LoadImageWithPillow. Only 'color' is faster, and 'unchanged' takes any
+        color_type (str): See LoadImageWithPillow. Only 'color' is faster. 'unchanged' accepts any
             number of channels. Defaults to 'color'.
         **kwargs: ``crop_ratio_range``, ``aspect_ratio_range`` and ``max_attempts`` of
             mmpretrain's RandomResizedCrop.
@@ -47,23 +48,24 @@ class LoadRandomResizedCrop(RandomResizedCrop):
     Adds ``img`` (height, width, 3), uint8, BGR, ``img_shape`` and ``ori_shape``.
 
     Raises:
-        ValueError: ``interpolation`` or ``color_type`` is something else.
-        UnreadableImageError: As LoadImageWithPillow.
+        ValueError: ``interpolation`` or ``color_type`` is unknown.
+        UnreadableImageError: See LoadImageWithPillow.
     """
 
-    def __init__(self, scale, interpolation='bilinear', color_type='color', **kwargs):
+    def __init__(self, scale: int | Sequence[int], interpolation: str = 'bilinear',
+                 color_type: str = 'color', **kwargs: Any):
         if interpolation not in ('bilinear', 'bicubic'):
             raise ValueError("interpolation must be 'bilinear' or 'bicubic', "
                              f'got {interpolation!r}.')
         super().__init__(scale, interpolation=interpolation, backend='pillow', **kwargs)
         self.color_type, self.channels = check_color_type(color_type), None
 
-    def transform(self, results):
+    def transform(self, results: dict) -> dict:
         """Load, crop and resize ``results['img_path']``."""
         path = results['img_path']
         content = read_bytes(path)
         image = self._decode(content) if self.color_type == 'color' else None
-        reverse = image is not None     # torchvision's pixels are RGB
+        reverse = image is not None     # torchvision decodes to RGB
         if image is None:
             results['img'] = decode_image(content, path, self.color_type, self.channels)
             results['img_shape'] = results['ori_shape'] = results['img'].shape[:2]
@@ -72,7 +74,7 @@ class LoadRandomResizedCrop(RandomResizedCrop):
             image = torch.from_numpy(np.atleast_3d(results['img']).copy()).permute(2, 0, 1)
         results['ori_shape'] = tuple(image.shape[1:])
         top, left, height, width = self.rand_crop_params(image.permute(1, 2, 0))
-        # packed pixels, three bytes each, are resized and handed on without a copy per channel
+        # channels-last memory: resizing needs no copy per channel
         crop = image.permute(1, 2, 0)[top:top + height, left:left + width].contiguous()
         image = F.resize(crop.permute(2, 0, 1), list(self.scale),
                          F.InterpolationMode(self.interpolation), antialias=True)
@@ -83,7 +85,7 @@ class LoadRandomResizedCrop(RandomResizedCrop):
 
     @staticmethod
     def _decode(content):
-        """The pixels of a JPEG (3, height, width), None if Pillow had better see it."""
+        """Pixels (3, height, width) of a JPEG, RGB; None if Pillow must decode the file."""
         size = jpeg_size(content)
         if size is None or math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
@@ -96,29 +98,29 @@ class LoadRandomResizedCrop(RandomResizedCrop):
 
 @TRANSFORMS.register_module()
 class PackEncodedCrop(LoadRandomResizedCrop):
-    """LoadRandomResizedCrop, RandomFlip and PackInputs in one, that leaves JPEGs encoded.
+    """LoadRandomResizedCrop, RandomFlip and PackInputs in one; JPEGs stay encoded.
 
-    Draws crop and flip as these do, from the size in the file's header, and packs the bytes.
-    What is no plain JPEG (PNG, CMYK, turned by EXIF, torn) is decoded, cropped and flipped here,
-    so that a torn file is replaced by the UnreadableImageHook as ever. Needs
-    ``collate_fn=dict(type='encoded_collate')``, the NEPADataPreprocessor and torchvision 0.19.
+    Draws the same crop and flip from the size in the file's header and packs the bytes. Other
+    files (PNG, CMYK, rotated by EXIF, truncated) are decoded, cropped and flipped here, so
+    UnreadableImageHook still replaces truncated files. Requires
+    ``collate_fn=dict(type='encoded_collate')``, NEPADataPreprocessor and torchvision >= 0.19.
 
     Args:
-        scale (int | Sequence[int]): Side, or height and width, of the result.
+        scale (int | Sequence[int]): Side, or height and width, of the output in pixels.
         flip_prob (float): Probability of a horizontal flip. Defaults to 0.5.
-        **kwargs: ``interpolation``, ``crop_ratio_range`` and others of LoadRandomResizedCrop;
-            ``color_type`` is 'color'.
+        **kwargs: ``interpolation``, ``crop_ratio_range`` and other arguments of
+            LoadRandomResizedCrop. ``color_type`` must be 'color'.
 
-    Returns ``inputs``, the file as bytes or pixels (3, height, width), uint8, BGR; and
-    ``data_samples`` with ``img_shape``, ``flip``, and for a file ``crop`` (top, left, height,
+    Returns ``inputs``, the bytes of the file or pixels (3, height, width), uint8, BGR; and
+    ``data_samples`` with ``img_shape`` and ``flip``, for bytes also ``crop`` (top, left, height,
     width) and ``interpolation``.
 
     Raises:
-        ValueError: ``flip_prob`` is not between 0 and 1, or ``color_type`` not 'color'.
-        UnreadableImageError: As LoadImageWithPillow.
+        ValueError: ``flip_prob`` is not in [0, 1], or ``color_type`` is not 'color'.
+        UnreadableImageError: See LoadImageWithPillow.
     """
 
-    def __init__(self, scale, flip_prob=0.5, **kwargs):
+    def __init__(self, scale: int | Sequence[int], flip_prob: float = 0.5, **kwargs: Any):
         super().__init__(scale, **kwargs)
         if not 0 <= flip_prob <= 1:
             raise ValueError(f'flip_prob must be between 0 and 1, got {flip_prob}.')
@@ -129,7 +131,7 @@ class PackEncodedCrop(LoadRandomResizedCrop):
         self.pack = PackInputs(
             meta_keys=(*PackInputs.DEFAULT_META_KEYS, 'crop', 'interpolation'))
 
-    def transform(self, results):
+    def transform(self, results: dict) -> dict:
         """Read ``results['img_path']`` and pack it."""
         path = results['img_path']
         content = read_bytes(path)

@@ -1,32 +1,35 @@
-"""JPEGs that travel as files, and are decoded, cropped and resized where the network is.
+"""JPEGs that workers pass on encoded; the device of the network decodes, crops and resizes them.
 
-    file -> PackEncodedCrop: bytes, and the draws of crop and flip      (worker)
-         -> encoded_collate: the bytes of a batch, one behind the other (worker)
-         -> decode_crops: pixels, called by NEPADataPreprocessor        (GPU, or CPU without one)
+    file -> PackEncodedCrop: bytes, random crop and flip            (worker)
+         -> encoded_collate: the bytes of a batch, concatenated     (worker)
+         -> decode_crops: pixels, called by NEPADataPreprocessor    (GPU, or CPU without one)
 
-A worker that decodes nothing is many times as fast. What it saves costs the main process some
-time: torchvision waits for nvJPEG, and every crop is resized by itself.
+A worker that does not decode is many times faster. The main process becomes slower: torchvision
+waits for nvJPEG, and crops are resized one by one.
 """
 import logging
+from collections.abc import Sequence
 from functools import cache
 
 import mmcv
 import torch
 from mmengine.logging import print_log
 from mmengine.registry import FUNCTIONS
+from mmpretrain.structures import DataSample
 from torchvision.transforms.v2 import functional as F
 
 from nepa_mm.datasets.images import decode_image, decode_jpeg
 
 
 @FUNCTIONS.register_module()
-def encoded_collate(samples, _scope_=None):
-    """A batch of :class:`PackEncodedCrop`; see collate.py for ``_scope_``.
+def encoded_collate(samples: Sequence[dict], _scope_: str | None = None) -> dict:
+    """Collate samples of :class:`PackEncodedCrop`; see collate.py for ``_scope_``.
 
     Returns:
-        dict: ``inputs``, all bytes in one tensor (n,), uint8, for each tensor that a worker
-        sends is an open file; ``data_samples``, a list, with ``num_bytes``.
+        dict: ``inputs``, the bytes of all images in one tensor (n,), uint8; ``data_samples``, a
+        list, each with ``num_bytes``.
     """
+    # one tensor, because each tensor that a worker sends keeps a file open
     parts = [one if isinstance(one, bytes) else one.numpy().tobytes()
              for one in (sample['inputs'] for sample in samples)]
     data_samples = [sample['data_samples'] for sample in samples]
@@ -36,8 +39,8 @@ def encoded_collate(samples, _scope_=None):
     return dict(inputs=inputs, data_samples=data_samples)
 
 
-def batch_shape(data_batch):
-    """(images, height, width) that the network will see of a batch, encoded or not."""
+def batch_shape(data_batch: dict) -> tuple[int, int, int]:
+    """(images, height, width) of a batch at the network, encoded or not."""
     inputs = data_batch['inputs']
     if isinstance(inputs, torch.Tensor) and inputs.dim() == 1:
         samples = data_batch['data_samples']
@@ -45,22 +48,23 @@ def batch_shape(data_batch):
     return len(inputs), *inputs[0].shape[-2:]
 
 
-def decode_crops(inputs, data_samples, device):
-    """The pixels of a batch of :func:`encoded_collate`.
+def decode_crops(inputs: torch.Tensor, data_samples: Sequence[DataSample],
+                 device: torch.device | str) -> torch.Tensor:
+    """Decode, crop, resize and flip a batch of :func:`encoded_collate`.
 
     Args:
-        inputs (Tensor): All bytes (n,), uint8, on the CPU.
-        data_samples (list[DataSample]): What belongs to them.
-        device (torch.device | str): Where to decode, crop, resize and flip: nvJPEG on CUDA,
+        inputs (Tensor): Bytes of all images (n,), uint8, on the CPU.
+        data_samples (Sequence[DataSample]): Their crops and flips.
+        device (torch.device | str): Device of all steps. Decodes with nvJPEG on CUDA, with
             libjpeg elsewhere.
 
     Returns:
         Tensor: (B, 3, height, width), uint8, BGR.
 
     Raises:
-        ValueError: It is a batch of another function.
-        UnreadableImageError: A file can be decoded neither there nor by Pillow.
-        RuntimeError: None of them can be decoded there.
+        ValueError: ``inputs`` is not a tensor: another function collated the batch.
+        UnreadableImageError: Neither the device nor Pillow can decode a file.
+        RuntimeError: The device can decode none of the files.
     """
     if not isinstance(inputs, torch.Tensor):
         raise ValueError("Images must come as one tensor: set the data loader's collate_fn to "
@@ -68,8 +72,8 @@ def decode_crops(inputs, data_samples, device):
     device = torch.device(device)
     if device.type != 'cuda':
         return _decode_crops(inputs, data_samples, device)
-    # nvJPEG writes at once, whatever is queued (pytorch/vision#9606), into memory that is free for
-    # the current stream: let that be one on which nothing is pending
+    # nvJPEG does not wait for queued work (pytorch/vision#9606) and writes to memory that is free
+    # on the current stream, so decode on a stream without pending work
     side, main = decode_stream(device), torch.cuda.current_stream(device)
     side.synchronize()
     with torch.cuda.stream(side):
@@ -80,8 +84,8 @@ def decode_crops(inputs, data_samples, device):
 
 
 @cache
-def decode_stream(device):
-    """The stream of a GPU on which images are decoded and nothing else is done."""
+def decode_stream(device: torch.device) -> torch.cuda.Stream:
+    """The CUDA stream of a GPU reserved for decoding."""
     return torch.cuda.Stream(device)
 
 
@@ -101,14 +105,19 @@ def _decode_crops(inputs, data_samples, device):
     return torch.stack(images)
 
 
-def decode_jpegs(contents, data_samples, device):
-    """[(3, height, width)], uint8, RGB; one by one if there is one that the device refuses.
+def decode_jpegs(contents: Sequence[torch.Tensor], data_samples: Sequence[DataSample],
+                 device: torch.device) -> list[torch.Tensor]:
+    """Decode JPEGs; those that the device rejects are decoded by Pillow, with a warning.
 
-    Pillow decodes that one.
+    Returns:
+        list[Tensor]: Pixels (3, height, width), uint8, RGB.
+
+    Raises:
+        UnreadableImageError, RuntimeError: See :func:`decode_crops`.
     """
     try:
         return decode_jpeg(list(contents), device=device)
-    except RuntimeError:        # does not say of which file
+    except RuntimeError:        # the error does not name the file
         pass
     images, reasons = [], {}
     for content, sample in zip(contents, data_samples):
@@ -119,7 +128,7 @@ def decode_jpegs(contents, data_samples, device):
             reasons[path] = str(error).split('\n')[0]
             bgr = decode_image(content.numpy().tobytes(), path)
             images.append(torch.from_numpy(mmcv.bgr2rgb(bgr)).permute(2, 0, 1))
-    if len(reasons) == len(contents) > 1:   # it is not the files
+    if len(reasons) == len(contents) > 1:   # the device is at fault, not the files
         raise RuntimeError(f'No JPEG of a batch can be decoded on {device}: {reasons[path]}')
     for path, reason in reasons.items():
         print_log(f'{path} is decoded by Pillow, because {device} refuses it: {reason}',

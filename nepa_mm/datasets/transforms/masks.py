@@ -1,4 +1,7 @@
-"""Masks of segmentation, read with a look at every value."""
+"""Segmentation masks, with a check of every value."""
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import mmcv
 import numpy as np
 from mmengine import fileio
@@ -10,50 +13,54 @@ stack.require('mmseg')
 
 from mmseg.datasets.transforms import LoadAnnotations
 
-from nepa_mm.utils.errors import DataError
+from nepa_mm.utils.errors import DataError, first_line
 
-MANY = 8    # values or names in a sentence
+MANY = 8    # values or names in a message
 
 
-def read_mask(path, backend='pillow', backend_args=None):
-    """The values of a mask as its file has them: (height, width), of any type.
+def read_mask(path: str, backend: str = 'pillow', backend_args: dict | None = None) -> np.ndarray:
+    """Read the values of a mask file: (height, width), of any dtype.
+
+    Args:
+        path (str): The file.
+        backend (str): Image backend of mmcv. Defaults to 'pillow'.
+        backend_args (dict, optional): File backend of mmengine. Defaults to None.
 
     Raises:
-        DataError: It cannot be read, or has several channels.
+        DataError: The file cannot be read, or has several channels.
     """
     try:
         mask = mmcv.imfrombytes(
             fileio.get(path, backend_args), flag='unchanged', backend=backend)
         mask = mask[..., 0] if mask.ndim == 3 and mask.shape[2] == 1 else mask
     except Exception as error:      # every backend and decoder raises its own
-        reason = (str(error).strip() or type(error).__name__).split('\n')[0].split(' <_io')[0]
-        raise DataError(f'The mask {path} cannot be read: {reason.rstrip(".")}.') from error
+        raise DataError(f'The mask {path} cannot be read: {first_line(error)}.') from error
     if mask.ndim != 2:
         colours = np.unique(mask.reshape(-1, mask.shape[-1]), axis=0)
-        colours = (colours[:, [2, 1, 0, *range(3, mask.shape[-1])]]     # as people write them
+        colours = (colours[:, [2, 1, 0, *range(3, mask.shape[-1])]]     # RGB order
                    if mask.shape[-1] > 2 else colours)
         raise DataError(
-            f'The mask {path} is a picture of {mask.shape[-1]} channels with colours such as '
-            f'{join([tuple(colour.tolist()) for colour in colours[:3]])}, but the data set needs '
+            f'The mask {path} is an image of {mask.shape[-1]} channels with colours such as '
+            f'{join([tuple(colour.tolist()) for colour in colours[:3]])}, but the dataset needs '
             'masks of one class index per pixel (a grey or palette PNG).')
     return mask
 
 
-def values_of(mask):
-    """The different values of a mask, ascending."""
-    if mask.dtype == np.uint8:      # a sort takes ten times as long
+def values_of(mask: np.ndarray) -> np.ndarray:
+    """The distinct values of a mask, ascending."""
+    if mask.dtype == np.uint8:      # ten times faster than sorting
         return np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     return np.unique(mask.astype(int) if mask.dtype == bool else mask)
 
 
-def join(words):
+def join(words: Iterable) -> str:
     """``[0, 1, 2]`` -> ``'0, 1 and 2'``."""
     *words, last = map(str, words)
     return f'{", ".join(words)} and {last}' if words else last
 
 
-def spans(values):
-    """``[0, 1, 2, 255]`` -> ``'0..2 and 255'``; integers, ascending."""
+def spans(values: Iterable[int]) -> str:
+    """``[0, 1, 2, 255]`` -> ``'0..2 and 255'``, for ascending integers."""
     ends = []
     for value in values:
         if ends and ends[-1][1] == value - 1:
@@ -65,45 +72,51 @@ def spans(values):
 
 @TRANSFORMS.register_module()
 class LoadCheckedMask(LoadAnnotations):
-    """mmseg's LoadAnnotations, which refuses masks that would be read as something else.
+    """mmseg's LoadAnnotations that rejects masks it would misread.
 
-    Any file whose values are class indices will do: grey, palette, 1 and 16 bits, whole floats.
+    Accepts any file whose values are class indices: grey, palette, 1 or 16 bits, integral floats.
 
     Args:
-        num_classes (int): ``num_classes`` of the decode head; 1, a single logit, is two classes.
-        ignore_index (int): The label that is left out, after ``reduce_zero_label`` and the
-            data set's ``label_map``. Defaults to 255.
+        num_classes (int): ``num_classes`` of the decode head; 1 (a single logit) means two
+            classes.
+        ignore_index (int): The ignored label, after ``reduce_zero_label`` and the dataset's
+            ``label_map``. Defaults to 255.
         **kwargs: ``imdecode_backend``, ``backend_args`` and ``reduce_zero_label`` of
             LoadAnnotations.
 
     Raises:
-        DataError: The mask cannot be read, has several channels, another size than its image, or
-            a value that is no class and not ignored.
-        ValueError: ``reduce_zero_label`` differs from the data set's.
+        DataError: The mask cannot be read, has several channels or another size than its image, or
+            has a value that is neither a class nor ignored.
+        ValueError: ``reduce_zero_label`` differs from the dataset's.
     """
 
-    def __init__(self, num_classes, ignore_index=255, **kwargs):
+    def __init__(self, num_classes: int, ignore_index: int = 255, **kwargs: Any):
         super().__init__(**kwargs)
         self.num_classes, self.ignore_index = max(num_classes, 2), ignore_index
-        self.no_void = False        # that 255 beside 0 alone is the other class, not void
+        self.no_void = False        # whether a mask of 0 and 255 means two classes, not void
 
     @classmethod
-    def like(cls, loader, num_classes, ignore_index):
-        """With the options of a LoadAnnotations."""
+    def like(cls, loader: LoadAnnotations, num_classes: int,
+             ignore_index: int) -> 'LoadCheckedMask':
+        """Create a loader with the options of a LoadAnnotations."""
         self = cls(num_classes, ignore_index, imdecode_backend=loader.imdecode_backend,
                    backend_args=loader.backend_args)
-        self.reduce_zero_label = loader.reduce_zero_label   # as an argument it is deprecated
+        self.reduce_zero_label = loader.reduce_zero_label   # deprecated as an argument
         return self
 
     def _load_seg_map(self, results):
         results['gt_seg_map'] = self.read(results)[1]
         results['seg_fields'].append('gt_seg_map')
 
-    def read(self, results):
-        """The values in the file of ``results['seg_map_path']``, and its labels.
+    def read(self, results: dict) -> tuple[np.ndarray, np.ndarray]:
+        """Read and check ``results['seg_map_path']``.
 
         Returns:
-            tuple: The different values, ascending, and labels (height, width), uint8.
+            tuple: The distinct values in the file, ascending, and the labels (height, width),
+            both uint8.
+
+        Raises:
+            DataError, ValueError: See the class.
         """
         path, table = results['seg_map_path'], self.labels(results)
         mask = read_mask(path, self.imdecode_backend, self.backend_args)
@@ -121,12 +134,12 @@ class LoadCheckedMask(LoadAnnotations):
                             'hold 1 but never beside 255.')
         return values.astype(np.uint8), table[mask.astype(np.uint8)]
 
-    def labels(self, results):
-        """The label that each value of a mask stands for, as mmseg has it: (256,), uint8."""
+    def labels(self, results: dict) -> np.ndarray:
+        """The label of each mask value by mmseg's rules: (256,), uint8."""
         reduce_zero_label = results.get('reduce_zero_label', False)
         if self.reduce_zero_label not in (None, reduce_zero_label):
             raise ValueError(f'reduce_zero_label={self.reduce_zero_label} of LoadAnnotations '
-                             f'differs from {reduce_zero_label} of the data set, which counts.')
+                             f'differs from {reduce_zero_label} of the dataset, which counts.')
         table = np.arange(256)
         if reduce_zero_label:
             table = np.where((table == 0) | (table == 255), 255, table - 1)
@@ -135,8 +148,8 @@ class LoadCheckedMask(LoadAnnotations):
             table[old == source] = target
         return table.astype(np.uint8)
 
-    def sentence(self, values, results):
-        """'holds the values ..., but the classes are ...', and what to do."""
+    def sentence(self, values: np.ndarray, results: dict) -> str:
+        """Build 'holds the values ..., but the classes are ...' with a hint."""
         table = self.labels(results)
         ignored = table == self.ignore_index
         classes = np.flatnonzero((table < self.num_classes) & ~ignored)
@@ -150,13 +163,13 @@ class LoadCheckedMask(LoadAnnotations):
                 left_out += ' (reduce_zero_label=True)'
         else:
             left_out = f'{self.ignore_index} is ignore_index'
-        hint = ('; if 0 is no class, give the data set reduce_zero_label=True'
+        hint = ('; if 0 is no class, give the dataset reduce_zero_label=True'
                 if values[-1] == self.num_classes and not results.get('reduce_zero_label') else '')
         return (f'holds {found}, but the classes are {spans(classes.tolist())}, {left_out}: the '
-                f'data set needs masks of class indices{hint}')
+                f'dataset needs masks of class indices{hint}')
 
 
-def listing(names):
-    """``"'cat' and 'dog'"``, shortened where there are many."""
+def listing(names: Sequence) -> str:
+    """``"'cat' and 'dog'"``; only the first ``MANY`` names of a longer list."""
     more = len(names) - MANY
     return join([repr(name) for name in names[:MANY]] + ([f'{more} more'] if more > 0 else []))

@@ -5,11 +5,11 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from nepa_mm.datasets.classes import align
+from nepa_mm.datasets.classes import align_datasets
 from nepa_mm.datasets.pipelines import use_one_reader
 from nepa_mm.engine.fsdp_runner import is_sharded
 from nepa_mm.evaluation.frozen_features import extract_features, knn_scores, linear_scores
-from nepa_mm.utils.random_state import kept_random_state
+from nepa_mm.utils.random_state import preserve_rng_state
 from nepa_mm.utils.signals import shield_workers
 
 
@@ -69,7 +69,7 @@ class OnlineProbeHook(Hook):
             raise ValueError(f'{type(self).__name__} needs full weights, which no process of '
                              'FSDPRunner holds: remove it and give checkpoints to '
                              'tools/analysis_tools/knn.py.')
-        with kept_random_state():
+        with preserve_rng_state():
             self.bank, self.queries = (
                 loader if not isinstance(loader, dict) else runner.build_dataloader(
                     dict(sampler=dict(type='DefaultSampler', shuffle=False),
@@ -79,8 +79,8 @@ class OnlineProbeHook(Hook):
         for loader in (self.bank, self.queries):
             use_one_reader(loader.dataset, runner.model)
             shield_workers(loader)
-        for sentence in align(self.queries.dataset, 'query_dataloader', self.bank.dataset,
-                              'bank_dataloader'):
+        for sentence in align_datasets(self.queries.dataset, 'query_dataloader', self.bank.dataset,
+                                       'bank_dataloader'):
             runner.logger.warning(sentence)
 
     def after_train_epoch(self, runner):
@@ -89,7 +89,7 @@ class OnlineProbeHook(Hook):
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
-        with kept_random_state():
+        with preserve_rng_state():
             result = self.evaluate(model)
             for average in averages:
                 result |= {f'{name}_ema': value for name, value in self.evaluate(average).items()}

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
-from nepa_mm.datasets.classes import leaves
+from nepa_mm.datasets.classes import base_datasets
 from nepa_mm.utils.errors import UnreadableImageError
 
 ATTEMPTS = 100
@@ -92,7 +92,7 @@ class UnreadableImageHook(Hook):
     def before_train_epoch(self, runner):
         """Wrap ``prepare_data`` of the data sets."""
         self.new, self.count = {}, 0
-        for dataset in leaves(runner.train_loop.dataloader.dataset):
+        for dataset in base_datasets(runner.train_loop.dataloader.dataset):
             if hasattr(dataset, 'prepare_data') and not isinstance(
                     dataset.prepare_data, ReadableSamples):
                 dataset.prepare_data = ReadableSamples(dataset, self.replace_labelled)
