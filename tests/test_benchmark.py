@@ -30,7 +30,7 @@ def tiny(monkeypatch):
 def test_peers_compute_our_loss():
     """With our weights, and 257 tokens instead of 256."""
     torch.manual_seed(0)
-    models = peers.contestants(BASES, 'tiny', False)
+    models = peers.build_candidates(BASES, 'tiny', False)
     (ours, our_loss), (eager, eager_loss) = models['nepa_mm'], models['eager, unpacked']
     ours.eval()     # RoPE draws in training
     eager.eval()
@@ -76,7 +76,7 @@ def test_vit_nepa_takes_part_where_it_can_be_imported(monkeypatch, name):
     for part in (name.rpartition('.')[0], name):
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     vars(sys.modules[name]).update(ViTNepaConfig=Config, ViTNepaForPreTraining=Model)
-    model, loss = peers.contestants(BASES, 'tiny', False)['vit_nepa']
+    model, loss = peers.build_candidates(BASES, 'tiny', False)['vit_nepa']
     assert model.in_features == TINY['embed_dims']
     torch.testing.assert_close(loss(torch.ones(2, 3, 28, 28)), model.weight.sum())
 
