@@ -216,7 +216,8 @@ def main(argv=None):
     parser = tool_parser(__doc__)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/ablations'),
                         help='output folder (default: work_dirs/ablations)')
-    parser.add_argument('--epochs', type=int, default=60, help='epochs of pretraining (default: 60)')
+    parser.add_argument('--epochs', type=int, default=60,
+                        help='epochs of pretraining (default: 60)')
     parser.add_argument('--seeds', type=int, default=1,
                         help='pretrainings per row (default: 1)')
     args = parser.parse_args(argv)

@@ -279,7 +279,8 @@ def main(argv=None):
     parser = tool_parser(__doc__)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'),
                         help='output folder (default: work_dirs/demo)')
-    parser.add_argument('--epochs', type=int, default=60, help='epochs of pretraining (default: 60)')
+    parser.add_argument('--epochs', type=int, default=60,
+                        help='epochs of pretraining (default: 60)')
     parser.add_argument('--seeds', type=int, default=3,
                         help='runs per start and number of labels (default: 3)')
     args = parser.parse_args(argv)

@@ -215,7 +215,7 @@ def test_plan_by_hand(capsys, tmp_path):
     ('step --arch huge', 'error: argument --arch: invalid choice'),
     ('step --banana', 'error: unrecognized arguments: --banana.'),
     ('step --batch 0', 'error: argument --batch: 0 is not positive.'),
-    ('plan --gpus 8 --model l', 'error: plan needs measured images/s: give a rate'),
+    ('plan --gpus 8 --model l', 'error: plan needs a measured rate of images/s: give the rate'),
     ('plan --gpus 8 --model l --step-json nothing.json', 'error: There is no file nothing.json.'),
     ('plan --gpus 8 --model l --images-per-second -1 --loader-images-per-second 1',
      'error: rates and bandwidth must be positive.'),

@@ -145,7 +145,7 @@ def test_misspelt_keys(capsys, option, key):
     ('train_dataloader.dataset.pipeline.7.scale=3', 'pipeline is a list of 3, .* from 0 to 2'),
     ('train_dataloader.dataset.pipeline.scale=3', 'pipeline is a list of 3, .* from 0 to 2'),
     ('custom_hooks.0.interval=3', 'custom_hooks is a list of 0, .* set custom_hooks itself'),
-    ('param_scheduler.0.end=3', 'param_scheduler is a dict, which has names and no index'),
+    ('param_scheduler.0.end=3', 'param_scheduler is a dict, which has names, not indices'),
     ('_delete_=True', 'KEY._delete_=True'),
     ('model.backbone.type=NEPAVit', "no 'NEPAVit' for model.backbone.type; the nearest is NEPAViT"),
     ('optim_wrapper.optimizer.type=SGD', 'SGD does not accept betas, eps, .*_delete_=True'),
