@@ -197,7 +197,7 @@ def to_hf(args):
     """Write a folder in the published format."""
     folder = Path(args.dst)
     if folder.exists():
-        raise FileExistsError(f'{folder} exists; remove it or choose another name.')
+        raise FileExistsError(f'{folder} exists already; remove it or choose another name.')
     checkpoint = read_checkpoint(args.src, weights=args.weights)
     state_dict = select_weights(checkpoint, args.weights, args.src)
     which, meta = weights_of(checkpoint, args.weights), checkpoint['meta']
