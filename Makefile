@@ -9,7 +9,7 @@
 # make test-pythons run fewer tests on each of PYTHONS, in .venv-python3.10 and so on
 # make lint         check the style
 # JOBS is the number of test files that run in parallel.
-# Every target first creates VENV with PYTHON and installs its requirements, if VENV does not exist.
+# Every target first creates VENV with PYTHON if it is missing, and installs requirements once.
 VENV ?= .venv
 PYTHON ?= python3
 EXTRAS ?= mm,test,export

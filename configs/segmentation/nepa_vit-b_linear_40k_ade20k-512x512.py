@@ -9,8 +9,7 @@ Starts from work_dirs/nepa_vit-b/epoch_1600.pth; another checkpoint:
 
 Batch normalisation and one 1 x 1 convolution read the concatenated four blocks of the UPerNet
 config. The last block alone is trained to resemble the next embedding and is shallow by
-construction (paper, Table 6). The causal mask stays on, because the frozen weights were trained with
-it.
+construction (paper, Table 6). The causal mask stays on: the frozen weights were trained with it.
 
 Not stated in the paper, taken from DINOv2's linear segmentation: AdamW with lr 1e-3, betas 0.9
 and 0.999 and weight decay 1e-4, 1500 iterations of warmup, then linear decay to 0, 40k iterations

@@ -52,7 +52,10 @@ def merge_options(cfg: Config, options: Mapping[str, Any], reads: Iterable[str] 
     for names in sorted(options, key=lambda names: len(names) - 1.5 * (names[-1] == '_delete_')):
         after[names[0]] = _put(after._cfg_dict, names, options[names])[names[0]]
     if ('custom_imports',) in {names[:1] for names in options}:     # fromfile imported the file's
-        _import(after.custom_imports)
+        try:
+            import_modules_from_strings(**after.custom_imports)
+        except ImportError as error:
+            raise ValueError(f'custom_imports: {error}.') from error
     of_runner = runner_keys(after)
     reads = set(reads or of_runner)
     for names in options:
@@ -109,13 +112,6 @@ def _merge(old, new):
     return ConfigDict({**old, **{key: _merge(old.get(key), value) for key, value in new.items()}})
 
 
-def _import(custom_imports):
-    try:
-        import_modules_from_strings(**custom_imports)
-    except ImportError as error:
-        raise ValueError(f'custom_imports: {error}.') from error
-
-
 def _check(before, after, names, reads):
     """Reject a key that its reader does not accept; keys of the file are assumed to be read."""
     for depth in range(1, len(names)):
@@ -145,6 +141,7 @@ def _check(before, after, names, reads):
 
 
 def _check_hook(before, after, name):
+    """Reject a new hook without a type."""
     hook = after.default_hooks[name]
     if not (hook is None and name in DEFAULT_HOOKS or isinstance(hook, dict) and hook.get('type')):
         known = [key for key in {*DEFAULT_HOOKS, *before.get('default_hooks', ())} if key != name]
@@ -182,11 +179,13 @@ def _not_read(before, after, names, reads):
 
 
 def _nothing_reads(names, instead):
+    """Return the message for a path that nothing reads, and the paths to use instead."""
     return (f'nothing reads {".".join(names)}; the nearest key{"s" * (len(instead) > 1)} that '
             f'{"are" if len(instead) > 1 else "is"} read: {_in_words(instead)}.')
 
 
 def _in_words(found):
+    """Join up to six paths."""
     found = ['.'.join(path) for path in found]
     if len(found) > 6:
         found = [*found[:6], f'{len(found) - 6} more']

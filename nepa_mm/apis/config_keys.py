@@ -167,8 +167,8 @@ def _read_from_kwargs(function, rest):
             passed_on += any(k.arg is None and re.match(rf'{rest}$|dict\({rest}, ', code[k.value])
                              for k in node.keywords)
         elif isinstance(node, (ast.Call, ast.Subscript, ast.Compare)):
-            whole = code[node.func] + '(' if isinstance(node, ast.Call) else code[node]
-            if re.match(rf'{rest}(\.(pop|get|setdefault)\(|\[)|\S+ in {rest}$', whole):
+            start = code[node.func] + '(' if isinstance(node, ast.Call) else code[node]
+            if re.match(rf'{rest}(\.(pop|get|setdefault)\(|\[)|\S+ in {rest}$', start):
                 literals = re.findall(r"'(\w+)'", code[node])
                 if not literals:
                     return None
@@ -188,8 +188,8 @@ def accepted_keys(cfg: Config, path: tuple[str, ...]) -> set[str] | None:
         set[str] | None: None if the keys are unknown.
     """
     if path == ('optim_wrapper', 'paramwise_cfg'):
-        return _of_paramwise_cfg(cfg)
-    fixed = _of_plain_dict('.'.join(path))
+        return _paramwise_keys(cfg)
+    fixed = _plain_dict_keys('.'.join(path))
     node = at(cfg, path)
     if fixed is not None or not isinstance(node, dict):
         return fixed
@@ -222,7 +222,7 @@ def accepted_keys(cfg: Config, path: tuple[str, ...]) -> set[str] | None:
     return names if found else None
 
 
-def _of_paramwise_cfg(cfg):
+def _paramwise_keys(cfg):
     """Return the keys of our and mmengine's constructors; None for others, which may read more."""
     name = cfg.optim_wrapper.get('constructor') or 'DefaultOptimWrapperConstructor'
     for constructor in find_classes(cfg, cfg.optim_wrapper, name):
@@ -232,7 +232,7 @@ def _of_paramwise_cfg(cfg):
     return None
 
 
-def _of_plain_dict(place):
+def _plain_dict_keys(place):
     """Return the keys of a dict that no class is built from, None for other dicts."""
     def found(pattern, function):
         return set(re.findall(pattern + r'\(\s*\'(\w+)', inspect.getsource(function)))

@@ -129,11 +129,6 @@ def config_text(model, config, src, images=None, labels=None):
     return text.replace('{{', r'{\x7b')     # mmengine would substitute variables
 
 
-def placeholders(classes):
-    """Return the names that transformers gives to unnamed classes."""
-    return [f'LABEL_{i}' for i in range(classes or 0)]
-
-
 def count_classes(state_dict):
     """Return the number of classes, None for a network without a classifier."""
     return len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else None
@@ -163,7 +158,8 @@ def to_mm(args):
         state_dict = fold_layer_scale(state_dict)
         model['backbone']['layer_scale_init_value'] = None
     labels = [config.get('id2label', {}).get(str(i)) for i in range(classes or 0)]
-    if labels == placeholders(classes) or not all(isinstance(label, str) for label in labels):
+    unnamed = labels == [f'LABEL_{i}' for i in range(classes or 0)]     # as in transformers
+    if unnamed or not all(isinstance(label, str) for label in labels):
         labels = []
     kept = dict(dataset_meta=dict(classes=labels)) if labels else {}
     images = input_of(dict(input=checkpoint['meta'].get('input')))
