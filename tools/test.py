@@ -30,8 +30,8 @@ def parse_args(argv=None):
         '--work-dir', help='where logs and metrics go (default: work_dirs/<config name>)')
     parser.add_argument(
         '--out', help='save predictions: a .pkl file for classification, a folder of label maps '
-        '(.png) for segmentation; with --out-item metrics a .json, .yaml or .pkl file; must not '
-        'exist')
+        '(.png) for segmentation; with --out-item metrics a .json, .yaml or .pkl file; must '
+        'be new')
     parser.add_argument(
         '--out-item', choices=['metrics', 'pred'], default='pred', help='what --out saves')
     parser.add_argument('--show-dir', help='save images of the predictions in this folder; '
