@@ -130,7 +130,7 @@ def slow_ema(runner: Runner, above: float, up_to: float) -> list[str]:
             if above < fraction <= up_to:
                 messages.append(
                     f'{type(hook).__name__}: with momentum {momentum:g} and {updates} updates, '
-                    f'{math.floor(100 * fraction)} % of the EMA weights stay the initial weights; '
+                    f'the EMA weights keep {math.floor(100 * fraction)} % of the initial weights; '
                     f'a momentum of {min(10 / max(updates, 1), 0.5):.1g} would suit this run.')
     return messages
 
