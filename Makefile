@@ -1,15 +1,15 @@
-# make demo         pretrain on handwritten digits and see what it was worth (CPU, minutes)
-# make ablations    see how the paper's core ablations fail, on the digits (CPU, minutes)
+# make demo         pretrain on handwritten digits and measure the benefit (CPU, minutes)
+# make ablations    run the paper's core ablations on the digits (CPU, minutes)
 # make test         run the tests
-# make faults       kill runs, damage files, and see that nothing is lost (CPU, minutes)
-# make test-classic run a part of them on the original distributions, in VENV .venv-classic;
-#                   PYTHON=python3.10 PINS="torch==2.4.1 torchvision==0.19.1 numpy==1.26.4" fits, too
-# make test-oldest  run a part of them with the oldest libraries that nepa_mm/compat/stack.py allows, in
+# make faults       kill runs, damage files, and check that nothing is lost (CPU, minutes)
+# make test-classic run some tests on the original distributions, in VENV .venv-classic; also
+#                   supports PYTHON=python3.10 PINS="torch==2.4.1 torchvision==0.19.1 numpy==1.26.4"
+# make test-oldest  run some tests with the oldest libraries that nepa_mm/compat/stack.py allows, in
 #                   VENV .venv-oldest
-# make test-pythons a smaller part on each of PYTHONS, in .venv-python3.10 and so on
+# make test-pythons run fewer tests on each of PYTHONS, in .venv-python3.10 and so on
 # make lint         check the style
-# JOBS test files run at a time.
-# Each first installs what it needs into VENV, once; PYTHON makes VENV when there is none.
+# JOBS is the number of test files that run in parallel.
+# Every target first creates VENV with PYTHON if it is missing, and installs requirements once.
 VENV ?= .venv
 PYTHON ?= python3
 EXTRAS ?= mm,test,export
@@ -48,11 +48,11 @@ faults: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 
-# torch and torchvision come in one resolution, so that pip finds a pair. opencv-python, which the
-# mm packages ask for, needs libGL; where that is missing the headless build takes its place.
+# One pip call resolves torch and torchvision to a matching pair. The mm packages require
+# opencv-python, which needs libGL; without libGL the headless build replaces it.
 $(INSTALLED): setup.py pyproject.toml nepa_mm/compat/stack.py
 	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
-	  "nepa_mm needs Python >= 3.10, $(PYTHON) is %s; name another: make PYTHON=python3.11" \
+	  "nepa_mm needs Python >= 3.10, $(PYTHON) is %s; choose one: make PYTHON=python3.11" \
 	  % sys.version.split()[0])'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip

@@ -18,7 +18,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['nepa_mm', 'nepa_mm.*']),
-    # .mim holds links to configs, tools and model-index.yml; a wheel gets the files themselves
+    # .mim holds links to configs, tools and model-index.yml; a wheel contains the files
     package_data={'nepa_mm': [
         f'.mim/{pattern}' for pattern in (
             'model-index.yml', 'configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md',
@@ -28,7 +28,7 @@ setup(
         mm=list(STACK['CURRENT'].values()),
         openmmlab=[*STACK['CLASSIC'].values(),
                    'setuptools>=77,<82',    # mmengine uses pkg_resources
-                   'ftfy', 'regex'],        # mmsegmentation imports them and asks for neither
+                   'ftfy', 'regex'],        # imported by mmsegmentation, but not required by it
         export=['onnx', 'onnxruntime', 'onnxscript'],
         parquet=['pyarrow'],
         test=['matplotlib', 'pyarrow', 'pytest', 'pytest-xdist', 'ruff', 'scikit-learn',

@@ -1,4 +1,4 @@
-"""Measure what training costs: the step, the data, the framework around them; plan a run.
+"""Measure the cost of training: step, data and framework; plan a run.
 
     python benchmarks/benchmark.py step --arch base --precision bf16 --batch 4 [--compile]
     python benchmarks/benchmark.py scaling --arch small
@@ -7,16 +7,16 @@
     python benchmarks/benchmark.py loader --workers 8
     python benchmarks/benchmark.py plan --gpus 8 --model l --images-per-second 1000 ...
 
-Contestants take turns in one process, so that a busy machine slows all of them; figures are
-medians, ratios those of each turn. MFU is model FLOPs utilisation: the FLOPs that NEPA needs
-(multiply-add = 2, backward = 2 x forward, visible pairs of tokens only, nothing for recomputation)
-per second, over the rate of a large matrix product measured between the turns. Everybody is charged
-the same FLOPs.
+Candidates take turns in one process, so that a busy machine slows all of them equally. Figures are
+medians; ratios are medians of the ratios of each turn. MFU is model FLOPs utilisation: the FLOPs
+that NEPA needs (multiply-add = 2, backward = 2 x forward, visible pairs of tokens only, no
+recomputation) per second, divided by the rate of a large matrix product measured between the turns.
+All candidates are charged the same FLOPs.
 
-`step` compares with an eager network in the manner of the released code (nothing packed, class
-token split off before the rotation, all 257 tokens, AdamW and EMA tensor by tensor), with timm's
-Eva configured as NEPA, and, where they are installed, with stable-pretraining's NEPA and Hugging
-Face's `vit_nepa`, for which the authors' checkout on PYTHONPATH does as well.
+`step` compares our model with an eager network written like the released code (nothing packed,
+class token split off before the rotation, all 257 tokens, AdamW and EMA tensor by tensor), with
+timm's Eva configured as NEPA, and, if installed, with stable-pretraining's NEPA and Hugging Face's
+`vit_nepa`. The authors' checkout on PYTHONPATH also provides `vit_nepa`.
 """
 import argparse
 import json
@@ -48,10 +48,10 @@ IMAGENET = 1_281_167    # training images
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong with the command line."""
+    """Report a wrong command line in one sentence."""
 
     def error(self, message):
-        """Exit without the usage."""
+        """Exit without printing the usage."""
         self.exit(2, f'error: {message}.\n')
 
 
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     def command(name, run, help):
         sub = commands.add_parser(name, help=help)
         sub.set_defaults(run=run)
-        sub.add_argument('--json', metavar='FILE', help='write the figures there too')
+        sub.add_argument('--json', metavar='FILE', help='also write the figures to this file')
         return sub
 
     def positive(text):
@@ -75,7 +75,7 @@ def parse_args(argv=None):
         sub.add_argument('--arch', choices=['tiny', 'small', 'base', 'large'], default=arch)
         sub.add_argument('--precision', choices=list(DTYPES), default='fp32')
         sub.add_argument('--batch', type=positive, default=batch, help='images per step')
-        sub.add_argument('--repeats', type=positive, default=repeats, help='turns, after a warmup')
+        sub.add_argument('--repeats', type=positive, default=repeats, help='turns after the warmup')
         sub.add_argument('--compile', action='store_true', help='compile our blocks')
         return sub
 
@@ -83,21 +83,22 @@ def parse_args(argv=None):
     network(command('scaling', scaling, 'time per FLOP over tokens, batch and depth'),
             'small', 2, 3).add_argument(
         '--batches', type=positive, nargs='+', default=[1, 16, 256],
-        help='those to try; --batch is that of the other points')
-    network(command('memory', memory, 'what a step keeps, with and without recomputation'),
+        help='batch sizes to try; --batch applies to the other points')
+    network(command('memory', memory, 'memory of a step, with and without recomputation'),
             'large', 256, 1).add_argument(
-        '--gpus', type=positive, default=1, help='that share the state, as FSDPRunner does')
-    sub = command('train', train, 'the Runner against a bare loop')
+        '--gpus', type=positive, default=1, help='GPUs that share the state, as with '
+            'FSDPRunner')
+    sub = command('train', train, 'the Runner compared with a bare loop')
     network(sub, 'tiny', 8, 3)
-    sub.add_argument('--iterations', type=positive, default=100, help='per turn')
+    sub.add_argument('--iterations', type=positive, default=100, help='iterations per turn')
     sub = command('loader', loader, 'images per second of the data pipeline')
-    sub.add_argument('--images', type=positive, default=200, help='JPEGs that are made')
+    sub.add_argument('--images', type=positive, default=200, help='JPEGs to generate')
     sub.add_argument('--workers', type=positive, default=os.cpu_count(), help='processes')
     sub.add_argument('--repeats', type=positive, default=3)
     sub = command('plan', plan, 'hours, cost and bottleneck of a pretraining')
     sub.add_argument('--gpus', type=positive, required=True)
     sub.add_argument('--model', choices=['s', 'b', 'l'], required=True)
-    sub.add_argument('--epochs', type=positive, help='default: as in the config')
+    sub.add_argument('--epochs', type=positive, help='default: those of the config')
     sub.add_argument('--images-per-second', type=float, help='of one GPU, as `step` measures it')
     sub.add_argument('--step-json', help='... or the file of `step --json`')
     sub.add_argument('--loader-images-per-second', type=float, help='of one CPU core')
@@ -110,14 +111,14 @@ def parse_args(argv=None):
 
 # Turns
 
-def take_turns(contestants, repeats, dtype, warmup=2):
-    """Call all in turn; return the durations (s) that each reports, and the best matmul rate."""
-    names = list(contestants)
+def take_turns(candidates, repeats, dtype, warmup=2):
+    """Call all candidates in turn; return their durations (s) and the best matmul rate."""
+    names = list(candidates)
     durations, peak = {name: [] for name in names}, 0.
     for turn in range(warmup + repeats):
-        first = turn % len(names)       # nobody always comes after the same one
+        first = turn % len(names)       # rotate the order
         for name in names[first:] + names[:first]:
-            result = contestants[name]()
+            result = candidates[name]()
             if turn >= warmup:
                 durations[name].append(result)
         peak = max(peak, peak_flops(dtype, get_device(), repeats=2))
@@ -125,7 +126,7 @@ def take_turns(contestants, repeats, dtype, warmup=2):
 
 
 def warn_of_slow_bf16():
-    """Say that a CPU has no instructions for products in bf16, which make it useless there."""
+    """Warn of a CPU without bf16 instructions, on which bf16 is slower than fp32."""
     bf16, fp32 = (peak_flops(dtype, 'cpu', repeats=2) for dtype in (torch.bfloat16, torch.float32))
     if bf16 < fp32:
         print(f'Products in bf16 are {fp32 / bf16:.3g} times slower than in fp32 on this CPU '
@@ -134,13 +135,14 @@ def warn_of_slow_bf16():
 
 
 def environment(args, **more):
+    """Return the command, the machine and more settings of a measurement."""
     gpu = get_device() == 'cuda'
     return dict(command=args.command, device=torch.cuda.get_device_name() if gpu else 'CPU',
                 torch=torch.__version__, threads=torch.get_num_threads(), **more)
 
 
 def report(args, env, rows):
-    """Print one table, and write the figures to ``--json``."""
+    """Print the rows as a table, write them to ``--json``, and return them."""
     print('  '.join(f'{name} {value}' for name, value in env.items()))
     cells = [list(rows[0])] + [[f'{value:.4g}' if isinstance(value, float) else str(value)
                                 for value in row.values()] for row in rows]
@@ -156,11 +158,12 @@ def report(args, env, rows):
 # The step
 
 def flops(model, size=224):
+    """Return the FLOPs per square image of ``size`` pixels."""
     return flops_per_image(model, size, size)
 
 
-def measured_memory(contestants):
-    """The same contestants, and a dict that will hold each one's peak memory (GB) on a GPU."""
+def measure_memory(candidates):
+    """Wrap candidates on a GPU; return them and a dict that collects their peak memory (GB)."""
     memory = {}
 
     def measured(name, run):
@@ -171,16 +174,16 @@ def measured_memory(contestants):
             return result
         return measured_run
     if get_device() == 'cuda':
-        contestants = {name: measured(name, run) for name, run in contestants.items()}
-    return contestants, memory
+        candidates = {name: measured(name, run) for name, run in candidates.items()}
+    return candidates, memory
 
 
 def step(args):
-    """One row per implementation."""
+    """Measure one training step per implementation."""
     images = torch.randn(args.batch, 3, 224, 224, device=get_device())
-    models = peers.contestants(BASES, args.arch, args.compile)
+    models = peers.build_candidates(BASES, args.arch, args.compile)
     work = flops(models['nepa_mm'][0])
-    steps, memory = measured_memory({
+    steps, memory = measure_memory({
         name: peers.build_step(
             loss, peers.our_update(BASES, model) if name.startswith('nepa_mm')
             else peers.plain_update(model), images, args.precision == 'bf16')
@@ -204,7 +207,7 @@ def step(args):
 
 
 def scaling(args):
-    """Forward and backward over tokens, batch and depth; time per FLOP should not rise."""
+    """Measure forward and backward over tokens, batch and depth; time per FLOP should not rise."""
     dims = dict(peers.NEPAViT.arch_zoo[args.arch])
     points = [(size, args.batch, dims['num_layers']) for size in (112, 224, 336, 448, 560)]
     points += [(224, batch, dims['num_layers']) for batch in args.batches]
@@ -213,11 +216,11 @@ def scaling(args):
                                       compile_blocks=args.compile)
               for depth in {depth for _, _, depth in points}}
 
-    def contestant(size, batch, depth):
+    def candidate(size, batch, depth):
         model, images = models[depth], torch.randn(batch, 3, size, size, device=get_device())
         return peers.build_step(lambda images: model.loss(images)['loss'], model.zero_grad, images,
                                 args.precision == 'bf16')
-    durations, peak = take_turns({point: contestant(*point) for point in points}, args.repeats,
+    durations, peak = take_turns({point: candidate(*point) for point in points}, args.repeats,
                                  DTYPES[args.precision], warmup=1)
     rows = []
     for (size, batch, depth), times in durations.items():
@@ -231,18 +234,18 @@ def scaling(args):
 
 
 def memory(args):
-    """Bytes that a step needs: counted on small batches, and measured where there is a GPU.
+    """Count the bytes of a step on small batches, and measure them on a GPU.
 
-    Weights, gradients, AdamW's two states and the average take 20 bytes a parameter, of which each
-    of several --gpus has its part; what is gathered for a block at work is not counted. What
-    autograd keeps is counted exactly; it is a constant and a multiple of the batch. While one
-    block is recomputed its own activations are there, too. Short-lived tensors are not counted.
+    Weights, gradients, AdamW's two states and the EMA weights take 20 bytes per parameter, divided
+    by --gpus. Parameters gathered for the active block are not counted. Tensors saved by autograd
+    are counted exactly, as a constant plus a multiple of the batch. With recomputation, the
+    activations of one block are added. Short-lived tensors are not counted.
     """
     def build(**backbone):
         return peers.build_nepa(BASES, compile_blocks=args.compile, **backbone)
 
     def kept(model):
-        """Bytes of a step without images, and of each image."""
+        """Return the bytes saved by a step without images, and per image."""
         one, two = (peers.saved_bytes(
             model, torch.randn(batch, 3, 224, 224, device=get_device()), args.precision == 'bf16')
             for batch in (1, 2))
@@ -256,11 +259,11 @@ def memory(args):
         state = 20 * sum(p.numel() for p in model.parameters()) / args.gpus
         constant, image = kept(model)
         activations = constant + args.batch * (image + with_cp * (two_blocks - one_block))
-        steps, measured = measured_memory({'step': peers.build_step(
+        steps, measured = measure_memory({'step': peers.build_step(
             lambda images, model=model: model.loss(images)['loss'], peers.our_update(BASES, model),
             torch.randn(args.batch, 3, 224, 224, device=get_device()), args.precision == 'bf16')})
         if get_device() == 'cuda' and args.gpus == 1:
-            for _ in range(2):      # the second one has the optimizer's state
+            for _ in range(2):      # the first step creates the optimizer state
                 steps['step']()
         rows.append({'recomputation (with_cp)': 'on' if with_cp else 'off',
                      'state GB': state / 1e9, 'activations GB': activations / 1e9,
@@ -273,11 +276,10 @@ def memory(args):
 # The framework and the data
 
 def train(args):
-    """Milliseconds that the Runner adds to an iteration of a bare loop.
+    """Measure the milliseconds that the Runner adds to an iteration of a bare loop.
 
-    Both take turns iteration by iteration, so that whatever else the machine does slows both.
-    The differences are those of neighbours; with a confidence of 95 % their median is in the
-    range given.
+    Both alternate after every iteration, so that other load slows both. Differences are taken
+    between neighbouring iterations. The range is the 95 % confidence interval of their median.
     """
     network = dict(arch=args.arch, compile_blocks=args.compile)
     job = workloads.Training(CONFIGS, network, args.batch, args.iterations,
@@ -293,7 +295,7 @@ def train(args):
         pairs = sum(turns, [])
         runner, bare = (1e3 * statistics.median(times) for times in zip(*pairs))
         more = sorted(1e3 * (one - other) for one, other in pairs)
-        reach = round(0.98 * len(more) ** 0.5)      # ranks from the median, by the sign test
+        reach = round(0.98 * len(more) ** 0.5)      # ranks around the median, by the sign test
         low, high = (more[min(max(rank, 0), len(more) - 1)] for rank in (
             len(more) // 2 - reach, len(more) // 2 + reach))
         median = statistics.median(more)
@@ -306,7 +308,7 @@ def train(args):
 
 
 def loader(args):
-    """Images per second of one process and of all together."""
+    """Measure images per second of one process and of all workers together."""
     init_default_scope('mmpretrain')
     default = Config.fromfile(BASES / 'datasets' / 'imagenet_pretrain.py').train_pipeline
     scale = default[1].scale
@@ -316,7 +318,7 @@ def loader(args):
         'mmpretrain with Pillow': ([pillow, *default[1:]], 'default_collate'),
         'LoadRandomResizedCrop': ([dict(type='LoadRandomResizedCrop', scale=scale), *default[2:]],
                                   'default_collate'),
-        # what is left to a worker where the GPU decodes
+        # the work of a loader process if the GPU decodes
         'PackEncodedCrop': ([dict(type='PackEncodedCrop', scale=scale)], 'encoded_collate')}
     with tempfile.TemporaryDirectory() as folder:
         original, small = Path(folder, 'original'), Path(folder, 'short side 256')
@@ -341,7 +343,7 @@ def loader(args):
 # The plan
 
 def plan(args):
-    """Hours and cost of a whole pretraining if nothing but the slowest part counts."""
+    """Estimate hours and cost of a pretraining from its slowest part alone."""
     name = f'nepa_vit-{args.model}'
     cfg = Config.fromfile(CONFIGS / 'pretrain' / f'{name}.py')
     epochs, batch = args.epochs or cfg.train_cfg.max_epochs, cfg.auto_scale_lr.base_batch_size
@@ -354,7 +356,7 @@ def plan(args):
     if min(rates.values()) <= 0 or args.bandwidth <= 0:
         raise ValueError('rates and bandwidth must be positive.')
     seconds = {part: batch / (args.gpus * rate) for part, rate in rates.items()}
-    # a ring sends and receives every gradient twice, less one part of N
+    # in a ring of N processes, each sends and receives 2 (1 - 1/N) times the gradients
     seconds['all-reduce'] = 2 * (1 - 1 / args.gpus) * gradients / (args.bandwidth * 1e9)
     slowest = max(seconds, key=seconds.get)
     hours = epochs * IMAGENET / batch * seconds[slowest] / 3600
@@ -366,14 +368,15 @@ def plan(args):
 
 
 def from_json(path, column):
-    """Our own rate in a file that ``--json`` wrote."""
+    """Read the rate of our implementation from a file written by ``--json``."""
     if path is None:
-        raise ValueError(f'plan needs measured {column}: give a rate, or the file of --json.')
+        raise ValueError(f'plan needs a measured rate of {column}: give the rate, or the file of '
+                         '--json.')
     if not Path(path).is_file():
         raise FileNotFoundError(f'There is no file {path}.')
     row = json.loads(Path(path).read_text())['rows'][0]
     if column not in row:
-        raise ValueError(f'{path} has no {column}; it is no file of the right subcommand.')
+        raise ValueError(f'{path} has no {column}; it was written by a different subcommand.')
     return row[column]
 
 

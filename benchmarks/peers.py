@@ -1,4 +1,4 @@
-"""Other implementations of NEPA, and one training step of each, for benchmarks/benchmark.py."""
+"""Other implementations of NEPA and their training step, for benchmarks/benchmark.py."""
 import copy
 import time
 from importlib import import_module
@@ -22,18 +22,18 @@ from nepa_mm.models.vit import NEPAViT
 
 
 def nepa_config(bases, **backbone):
-    """Config of our pretraining model, with changes of the backbone's."""
+    """Return the config of our pretraining model with changes to the backbone."""
     cfg = Config.fromfile(bases / 'models' / 'nepa_vit-b.py').model
     cfg.backbone.update(backbone)
     return cfg
 
 
 def build_nepa(bases, **backbone):
-    """Our pretraining model on the current device.
+    """Build our pretraining model on the current device.
 
     Args:
         bases (Path): Folder ``configs/_base_``.
-        **backbone: Changes of the backbone's config.
+        **backbone: Changes to the backbone's config.
 
     Returns:
         NEPA: In training mode.
@@ -43,7 +43,7 @@ def build_nepa(bases, **backbone):
 
 
 def rotate_half(x, sin, cos):
-    """The rotation of ``layers.rotate``, slice by slice as the released code has it."""
+    """Rotate like ``layers.rotate``, slice by slice as in the released code."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -72,9 +72,9 @@ class EagerBlock(nn.Module):
 
 
 class EagerNEPA(nn.Module):
-    """NEPA the way the released code computes it, nothing packed and no token left out.
+    """NEPA as the released code computes it, without packing and with all tokens.
 
-    Args: those of an entry of ``NEPAViT.arch_zoo``.
+    The arguments are those of an entry of ``NEPAViT.arch_zoo``.
     """
 
     def __init__(self, embed_dims, num_layers, num_heads, feedforward_channels):
@@ -87,7 +87,7 @@ class EagerNEPA(nn.Module):
         self.norm = nn.LayerNorm(embed_dims, 1e-12)
 
     def forward(self, images):
-        """The loss of images (B, 3, height, width)."""
+        """Compute the loss of images (B, 3, height, width)."""
         z = self.patch_embed(images)                                    # B D gh gw
         sin, cos = self.rope(z.shape[2:], 0, images.device)
         z = z.flatten(2).transpose(1, 2)                                # B N D
@@ -98,7 +98,7 @@ class EagerNEPA(nn.Module):
 
 
 def timm_nepa(arch, state_dict):
-    """timm's Eva with our weights, and the function that gives its loss."""
+    """Return timm's Eva with our weights, and its loss function."""
     eva = to_timm(dict(backbone=dict(arch=arch)), state_dict).to(get_device()).train()
     embeddings = []
     eva.patch_embed.register_forward_hook(lambda module, args, out: embeddings.append(out))
@@ -110,13 +110,13 @@ def timm_nepa(arch, state_dict):
 
 
 def published_nepa(model):
-    """`vit_nepa` with our model's config: Hugging Face's, or the authors' checkout on the path.
+    """Build `vit_nepa` with our config, from Hugging Face or from the authors' checkout.
 
     Args:
         model (dict): Config of our model.
 
     Returns:
-        nn.Module | None: Its outputs have the ``loss``. None where there is neither.
+        nn.Module | None: A model whose outputs have a ``loss``. None if neither can be imported.
     """
     for name in ('transformers.models.vit_nepa', 'models.vit_nepa'):
         try:
@@ -128,13 +128,16 @@ def published_nepa(model):
     return None
 
 
-def contestants(bases, arch, compile_blocks):
-    """Name -> model and the function that gives its loss, our own model first.
+def build_candidates(bases, arch, compile_blocks):
+    """Build all implementations.
 
     Args:
         bases (Path): Folder ``configs/_base_``.
-        arch (str): Of ``NEPAViT.arch_zoo``.
-        compile_blocks (bool): Whether our model with compiled blocks takes part too.
+        arch (str): A key of ``NEPAViT.arch_zoo``.
+        compile_blocks (bool): Whether to add our model with compiled blocks.
+
+    Returns:
+        dict[str, tuple[nn.Module, Callable]]: Model and loss function by name, our model first.
     """
     dims = NEPAViT.arch_zoo[arch]
     models = {}
@@ -156,7 +159,7 @@ def contestants(bases, arch, compile_blocks):
 
 
 def our_update(bases, model):
-    """Clipping, AdamW and EMA as our pretraining configs have them."""
+    """Return an update with clipping, AdamW and EMA as in our pretraining configs."""
     cfg = Config.fromfile(bases / 'schedules' / 'pretrain_bs4096_1600e.py').optim_wrapper
     wrapper = build_optim_wrapper(model, ConfigDict(cfg, accumulative_counts=1))
     average = MultiTensorEMA(model)
@@ -169,7 +172,7 @@ def our_update(bases, model):
 
 
 def plain_update(model):
-    """The same with torch's defaults, and EMA one tensor after the other."""
+    """Return the same update with torch's defaults and EMA tensor by tensor."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
     average = copy.deepcopy(model)
 
@@ -184,11 +187,11 @@ def plain_update(model):
 
 
 def attention_kernel(model, dtype):
-    """Which kernel torch takes for our attention here, such as 'flash_attention'.
+    """Return the kernel that torch selects for our attention, such as 'flash_attention'.
 
     Args:
         model (NEPA): The model.
-        dtype (torch.dtype): Of queries, keys and values.
+        dtype (torch.dtype): Type of queries, keys and values.
     """
     heads = model.backbone.layers[0].attn.num_heads
     q = torch.empty(1, heads, 256, model.backbone.embed_dims // heads, dtype=dtype,
@@ -198,13 +201,13 @@ def attention_kernel(model, dtype):
 
 
 def synchronize():
-    """Wait for the GPU, if there is one."""
+    """Wait for the GPU if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def build_step(loss, update, images, bf16):
-    """A training step that returns its seconds up to the gradients, and those of the update."""
+    """Return a training step that returns the seconds for the gradients and for the update."""
     autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16)
 
     def step():
@@ -221,12 +224,12 @@ def build_step(loss, update, images, bf16):
 
 
 def saved_bytes(model, images, bf16):
-    """The bytes that autograd keeps of one forward pass for the backward, parameters left out.
+    """Count the bytes that autograd saves in a forward pass, without parameters.
 
     Args:
         model (NEPA): In training mode.
         images (Tensor): (batch, channels, height, width).
-        bf16 (bool): Whether to compute in mixed precision; the copies of the weights count.
+        bf16 (bool): Whether to use mixed precision; its copies of the weights are counted.
 
     Returns:
         int: Bytes.
@@ -236,7 +239,7 @@ def saved_bytes(model, images, bf16):
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage      # holding it, for its address could come again
+        kept[storage.data_ptr()] = storage      # keeps it alive: addresses are reused
         return tensor
 
     with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),

@@ -1,4 +1,4 @@
-"""Workloads of benchmark.py beside single steps: training with and without the Runner, data."""
+"""Workloads of benchmark.py: training with and without the Runner, and data loading."""
 import tempfile
 import time
 
@@ -22,10 +22,10 @@ import peers
 
 @DATASETS.register_module()
 class NoiseImages(Dataset):
-    """Images of noise, ready in memory.
+    """Noise images in memory.
 
     Args:
-        num (int): How many the data set seems to have.
+        num (int): Length of the data set; four images are repeated.
     """
 
     def __init__(self, num):
@@ -41,15 +41,15 @@ class NoiseImages(Dataset):
 
 
 class TakeTurns(Hook):
-    """Let a bare loop do an iteration after each one of the Runner, and time both.
+    """Run an iteration of a bare loop after each one of the Runner, and time both.
 
-    The Runner's clock stands still meanwhile; it runs from the end of the bare iteration over
-    the wait for data and all hooks to the end of its own. Each clock waits for the GPU, which
-    hides less of what the host does than in a real run, on both sides.
+    The Runner's time is measured from the end of the bare iteration to the end of its own, with
+    data loading and all hooks. Both measurements synchronize the GPU, which hides less of the
+    host's work than a real run.
 
     Args:
         bare (callable): An iteration of the bare loop.
-        late (int): Iterations that seem to lie behind, rounded down to whole epochs.
+        late (int): Simulated past iterations, rounded down to full epochs.
     """
 
     priority = 'LOWEST'
@@ -58,7 +58,7 @@ class TakeTurns(Hook):
         self.bare, self.late, self.pairs = bare, late, []
 
     def before_train(self, runner):
-        """Pretend that there were iterations before."""
+        """Simulate past iterations."""
         loop = runner.train_loop
         loop._epoch = self.late // len(loop.dataloader)
         loop._iter = loop._epoch * len(loop.dataloader)
@@ -68,11 +68,11 @@ class TakeTurns(Hook):
                 np.ones(loop._iter), np.ones(loop._iter))
 
     def before_train_epoch(self, runner):
-        """Start the Runner's clock."""
+        """Start timing the Runner."""
         self.start = time.perf_counter()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        """Stop it for an iteration of the bare loop."""
+        """Time an iteration of the bare loop."""
         peers.synchronize()
         middle = time.perf_counter()
         self.bare()
@@ -83,15 +83,15 @@ class TakeTurns(Hook):
 
 
 class Training:
-    """An epoch of pretraining on noise by the Runner and by a bare loop, in turns.
+    """Pretrain one epoch on noise with the Runner and with a bare loop, in turns.
 
-    The Runner has all hooks of the config but does not save.
+    The Runner uses all hooks of the config but saves no checkpoint.
 
     Args:
         configs (Path): Folder ``configs``.
-        network (dict): Changes of the backbone's config.
+        network (dict): Changes to the backbone's config.
         batch (int): Images per iteration.
-        iterations (int): Those that count, after ``WARMUP``.
+        iterations (int): Measured iterations, after ``WARMUP``.
         bf16 (bool): Whether to autocast.
     """
 
@@ -111,24 +111,24 @@ class Training:
         cfg.default_hooks.checkpoint.update(interval=-1, save_last=False)
         for hook in cfg.custom_hooks:
             if hook.type == 'ThroughputHook':
-                hook.peak_tflops = 1.       # measures nothing
+                hook.peak_tflops = 1.       # skips its own measurement
         cfg.resume, cfg.log_level = False, 'ERROR'
         self.cfg = cfg
 
     def pairs(self, late=0, runtime_info='DeferredRuntimeInfoHook'):
-        """Seconds of an iteration of the Runner and of the next one of the bare loop.
+        """Measure iterations of the Runner and of the bare loop.
 
         Args:
-            late (int): How many iterations seem to lie behind. Defaults to 0.
-            runtime_info (str): Hook that logs. Defaults to our configs'.
+            late (int): Simulated past iterations. Defaults to 0.
+            runtime_info (str): Hook that logs. Defaults to that of our configs.
 
         Returns:
-            list[tuple[float, float]]: One per iteration.
+            list[tuple[float, float]]: Seconds of the Runner and of the bare loop, per iteration.
         """
         cfg = Config(self.cfg.to_dict())
         cfg.experiment_name = f'benchmark_{time.perf_counter_ns()}'
         cfg.default_hooks.runtime_info.type = runtime_info
-        cfg.default_hooks.run_check.odd = 'warn'    # about the average of so short a run
+        cfg.default_hooks.run_check.odd = 'warn'    # the run is too short for its EMA
         cfg.train_cfg.max_epochs = cfg.param_scheduler.end = late // self.iterations + 1
         turns = TakeTurns(self.bare(), late)
         with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ class Training:
         return turns.pairs[self.WARMUP:]
 
     def bare(self):
-        """An iteration of a loop that does the same work, and no more, as a function."""
+        """Return a function that does an iteration of the same work without the Runner."""
         model = peers.build_nepa(self.bases, **self.network)
         optim = Config.fromfile(self.bases / 'schedules' / 'pretrain_bs4096_1600e.py').optim_wrapper
         optimizer = build_optim_wrapper(model, optim).optimizer
@@ -162,7 +162,7 @@ class Training:
 
 
 def make_jpegs(folder, num):
-    """Write images of 500 x 375 pixels, about as many bytes as ImageNet's."""
+    """Write images of 500 x 375 pixels, with about the file size of ImageNet's."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for index in range(num):
@@ -174,7 +174,7 @@ def make_jpegs(folder, num):
 
 
 class Pipeline(Dataset):
-    """What a training pipeline makes of image files.
+    """Image files processed by a training pipeline.
 
     Args:
         files (list[Path]): The images.
@@ -192,9 +192,9 @@ class Pipeline(Dataset):
 
 
 def loading(files, steps, workers, collate_fn='default_collate'):
-    """A function that loads all images and returns the seconds that it took.
+    """Return a function that loads all images and returns the seconds.
 
-    Without workers, this process does it on one thread, as a worker would.
+    Without workers, this process loads them on one thread, like a worker.
     """
     data = Pipeline(files, steps)
     batches = DataLoader(data, min(64, len(data)), num_workers=workers,

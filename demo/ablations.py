@@ -1,13 +1,12 @@
-"""Run the paper's core ablations (Table 1a) on handwritten digits and watch how each one fails.
+"""Run the paper's core ablations (Table 1a) on handwritten digits and watch each one fail.
 
     make ablations   or   python demo/ablations.py [--work-dir DIR] [--epochs N] [--seeds N]
 
-Without the shift a network copies what it reads; without stop-gradient all embeddings become
-equal; without the causal mask it looks up the answer. Writes results.md, results.json and
-monitors.png; ends with status 1 when a failure did not show itself, or showed itself in the
-full method.
+Without the shift the network copies its input. Without stop-gradient all embeddings become equal.
+Without the causal mask the patch to predict is among the inputs. Writes results.md, results.json
+and monitors.png. Exits with status 1 if an expected failure did not occur, or occurred in the full
+method.
 """
-import argparse
 import contextlib
 import io
 import json
@@ -19,7 +18,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')   # one process per core, with one thread
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # one single-threaded process per core
 warnings.filterwarnings('ignore')
 
 import numpy as np
@@ -30,12 +29,12 @@ from rich.table import Table
 with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an optional package
     import nepa_mm  # noqa: F401
 from common import train, train_on_few_labels
-from nepa_mm.apis.user_errors import user_errors
+from nepa_mm.apis import tool_parser, user_errors
 from nepa_mm.engine.hooks import NEPAMonitorHook
 from nepa_mm.utils.outputs import own_folder
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
-# row: change against the full method, published ImageNet-1K top-1 (Table 1a), colour
+# row: changes to the full method, published ImageNet-1K top-1 (Table 1a), colour
 ROWS = {
     'full': ({}, '76.8', '#1d4ed8'),
     'no causal mask': ({'model.backbone.causal': False}, '73.6', '#d97706'),
@@ -50,21 +49,21 @@ MONITORS = {
     'embedding_rank': 'effective rank of the embeddings',
     'output_rank': 'effective rank of the outputs'}
 LABELS, FINETUNE_EPOCHS = 300, 30
-DRAWS = 3       # of labelled images, each with a fine-tuning of its own
+DRAWS = 3       # random sets of labelled images, one fine-tuning each
 
 
 def run(row, seed, epochs, work_dir):
-    """One pretraining and its fine-tunings; runs in a process of its own.
+    """Run one pretraining and its fine-tunings, in a separate process.
 
     Args:
-        row (str): One of ``ROWS``, or ``SCRATCH``, which is only fine-tuned.
-        seed (int): Of the pretraining; the fine-tunings have others for each one.
-        epochs (int): Of pretraining.
+        row (str): A key of ``ROWS``, or ``SCRATCH``, which is fine-tuned only.
+        seed (int): Seed of the pretraining; those of the fine-tunings are derived from it.
+        epochs (int): Epochs of pretraining.
         work_dir (str): Where logs and checkpoints go.
 
     Returns:
-        dict: ``top1`` (percent, one per draw), and of a pretraining ``loss`` (its last value),
-        ``warned`` (the monitor's warnings), ``iterations`` and each of ``MONITORS`` as curves.
+        dict: ``top1`` (percent, one per draw); after a pretraining also ``loss`` (last value),
+        ``warned`` (the monitor's warnings), ``iterations``, and each of ``MONITORS`` as a curve.
     """
     torch.set_num_threads(1)
     folder, result, checkpoint = Path(work_dir) / f'{row.replace(" ", "-")}_{seed}', {}, None
@@ -87,10 +86,10 @@ def run(row, seed, epochs, work_dir):
 
 
 def run_all(epochs, seeds, work_dir, report):
-    """Every row with every seed, one process per core; ``report`` is called with each line.
+    """Run every row with every seed, one process per core; call ``report`` with each line.
 
     Returns:
-        dict: row -> list of what :func:`run` returns, one per seed.
+        dict[str, list[dict]]: Results of :func:`run` by row, one per seed.
     """
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
@@ -106,9 +105,10 @@ def run_all(epochs, seeds, work_dir, report):
 
 
 def check(results):
-    """Which failures did not show themselves, or showed where there is none, as sentences.
+    """Check every seed at the end of its run.
 
-    Every seed is looked at, at the end of its run.
+    Returns:
+        list[str]: Messages about expected failures that did not occur, and unexpected ones.
     """
     problems = []
 
@@ -141,24 +141,24 @@ def check(results):
 
 
 def explain(results):
-    """What shows where, in words and in the numbers of this run (means over the seeds)."""
+    """Explain what the monitors show, with the numbers of this run (means over the seeds)."""
     full, open_mask, copying, collapsed = (
         {name: np.mean([np.ravel(result[name])[-1] for result in results[row]])
          for name in (*MONITORS, 'loss')} for row in ROWS)
     return [
         'No shift: the output is the patch just read (copy_cosine {copy_cosine:.3f}), so the loss '
-        'of {loss:.4f} says nothing about the next one (lift {lift:+.2f}). The monitor warns of '
+        'of {loss:.4f} says nothing about the next patch (lift {lift:+.2f}). The monitor warns of '
         'copying.'.format(**copying),
         'No stop-gradient: all embeddings point the same way (embedding_std {embedding_std:.3f}, '
-        'effective rank {embedding_rank:.2f}), so any constant gives the loss of {loss:.4f}. The '
+        'effective rank {embedding_rank:.2f}), so any constant yields the loss of {loss:.4f}. The '
         'monitor warns of collapse.'.format(**collapsed),
-        'No causal mask: no monitor tells. They look better than those of the full method '
-        f'(next_cosine {open_mask["next_cosine"]:.3f} against {full["next_cosine"]:.3f}), because '
-        'the patch to predict is among the inputs. It shows in the accuracy alone.']
+        'No causal mask: no monitor shows the failure. The monitors look better than with the full '
+        f'method (next_cosine {open_mask["next_cosine"]:.3f} against {full["next_cosine"]:.3f}), '
+        'because the patch to predict is among the inputs. Only the accuracy shows it.']
 
 
 def plot(results, path):
-    """The monitors over the pretraining, one panel each: every seed a line, every row a colour."""
+    """Plot the monitors over the pretraining, one panel each, one line per seed and row."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(2, 3, figsize=(12, 6.4), layout='constrained', sharex=True)
@@ -191,7 +191,7 @@ def plot(results, path):
 
 
 def tabulate(results):
-    """The table as header and rows of cells: ours on the digits, the paper's on ImageNet."""
+    """Return header and rows of the table: our results on digits, the paper's on ImageNet."""
     def cell(values, digits):
         text = f'{np.mean(values):.{digits}f}'
         return text + (f' ± {np.std(values):.{digits}f}' if len(values) > 1 else '')
@@ -212,10 +212,12 @@ def tabulate(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/ablations'))
-    parser.add_argument('--epochs', type=int, default=60, help='of pretraining (default: 60)')
+    """Run the tool with ``argv`` (default: the command line); return whether a check failed."""
+    parser = tool_parser(__doc__)
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/ablations'),
+                        help='output folder (default: work_dirs/ablations)')
+    parser.add_argument('--epochs', type=int, default=60,
+                        help='epochs of pretraining (default: 60)')
     parser.add_argument('--seeds', type=int, default=1,
                         help='pretrainings per row (default: 1)')
     args = parser.parse_args(argv)
@@ -227,9 +229,9 @@ def main(argv=None):
                   f'labels, {DRAWS} times.')
     results = run_all(args.epochs, args.seeds, out, console.print)
     header, rows = tabulate(results)
-    # one table has no room on a terminal
+    # a single table is too wide for a terminal
     for title, columns in (('At the end of pretraining', range(8)),
-                           ('What it was worth', (0, 8, 9))):
+                           ('After fine-tuning', (0, 8, 9))):
         table = Table(*(header[i] for i in columns), title=title, title_justify='left')
         for row in rows:
             if row[1] != '–' or 8 in columns:
@@ -249,7 +251,7 @@ def main(argv=None):
     (out / 'results.json').write_text(json.dumps(
         dict(rows=results, problems=problems, seconds=seconds), indent=2))
     plot(results, out / 'monitors.png')
-    console.print(f'{seconds} s. Table, values and a picture of the monitors are in {out}.')
+    console.print(f'{seconds} s. Table, values and a figure of the monitors are in {out}.')
     return bool(problems)
 
 

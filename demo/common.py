@@ -1,4 +1,4 @@
-"""Small runs from within a program: what `make demo` and `make ablations` share."""
+"""Small runs for `make demo` and `make ablations`."""
 import contextlib
 import io
 
@@ -6,19 +6,19 @@ from nepa_mm.apis import build_runner, load_config
 
 
 def train(config, work_dir, options, hook=None):
-    """What tools/train.py does, with the console's log kept for the log file alone.
+    """Train like tools/train.py, but log to the log file only.
 
     Args:
         config (str | Path): The config file.
-        work_dir (str | Path): Where logs and checkpoints go; never resumed from.
-        options (dict): Changes to the config, as ``--cfg-options`` makes them.
-        hook (Hook, optional): One more hook. Defaults to None.
+        work_dir (str | Path): Where logs and checkpoints go; the run never resumes.
+        options (dict): Changes to the config, like ``--cfg-options``.
+        hook (Hook, optional): An additional hook. Defaults to None.
 
     Returns:
-        Runner: After training.
+        Runner: The Runner after training.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        # a shorter trial is meant to be one
+        # short trials are intended
         options = {'default_hooks.run_check.odd': 'warn', **options}
         cfg = load_config(config, options, str(work_dir))
         cfg.resume = False
@@ -30,19 +30,19 @@ def train(config, work_dir, options, hook=None):
 
 
 def train_on_few_labels(config, work_dir, labels, epochs, seed, checkpoint=None):
-    """Top-1 in percent of a classifier of digits after training on a few labelled ones.
+    """Train a digit classifier on a few labelled images.
 
     Args:
         config (str | Path): The config file.
-        work_dir (str | Path): Where the log goes; there is no checkpoint.
-        labels (int): How many labelled images.
-        epochs (int): How often they are seen.
-        seed (int): Of the run, and of which images are labelled.
-        checkpoint (str | Path, optional): Where the backbone starts. Defaults to None:
-            from scratch.
+        work_dir (str | Path): Where the log goes; no checkpoint is saved.
+        labels (int): Number of labelled images.
+        epochs (int): Number of epochs.
+        seed (int): Seed of the run and of the choice of labelled images.
+        checkpoint (str | Path, optional): Initial weights of the backbone. Defaults to None:
+            random.
 
     Returns:
-        float: Accuracy on the test digits.
+        float: Top-1 accuracy on the test digits in percent.
     """
     options = {
         'train_dataloader.dataset.num_labels': labels, 'train_dataloader.dataset.seed': seed,

@@ -1,12 +1,11 @@
-"""See NEPA work: pretrain on handwritten digits, then measure what the pretraining was worth.
+"""Pretrain NEPA on handwritten digits, then measure the benefit of the pretraining.
 
     make demo        or        python demo/digits.py [--work-dir DIR] [--epochs N] [--seeds N]
 
-Everything goes through the Runner and configs (configs/demo) that ImageNet uses. Writes
-results.md, results.json, loss.png, prediction.png and segmentation.png; ends with status 1 when
-the pretraining collapsed or did not help.
+Uses the same Runner as ImageNet, with the configs in configs/demo. Writes results.md, results.json,
+loss.png, prediction.png and segmentation.png. Exits with status 1 if the pretraining collapsed or
+did not help.
 """
-import argparse
 import contextlib
 import io
 import json
@@ -19,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')   # two processes on two cores, not two on each
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # one single-threaded process per core
 warnings.filterwarnings('ignore')
 
 import numpy as np
@@ -37,22 +36,21 @@ with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an opti
     import nepa_mm  # noqa: F401
 from common import train, train_on_few_labels
 from make_digit_scenes import write_digit_scenes
-from nepa_mm.apis.config import load_config
-from nepa_mm.apis.user_errors import user_errors
+from nepa_mm.apis import load_config, tool_parser, user_errors
 from nepa_mm.checkpoints.loading import load_pretrained
 from nepa_mm.evaluation.frozen_features import knn_accuracy
 from nepa_mm.utils.outputs import own_folder
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
-ITERS = 250                     # of training UPerNet
+ITERS = 250                     # training iterations of UPerNet
 STARTS = ('random', 'pretrained')
 LAST_BLOCK = 'k-NN, last block'
 SEGMENTATION = 'UPerNet, 100 scenes, mIoU'
 
 
 class ProgressHook(Hook):
-    """One line that shows epochs done, loss and time left."""
+    """Show finished epochs, loss and remaining time in one line."""
 
     def __init__(self, console, epochs):
         self.bar = Progress(
@@ -75,7 +73,7 @@ class ProgressHook(Hook):
 
 
 def classify(config, labels, start, seed, work_dir, checkpoint):
-    """Top-1 in percent of one run with few labels; runs in a process of its own."""
+    """Train with few labels in a separate process; return top-1 in percent."""
     torch.set_num_threads(1)
     return train_on_few_labels(
         CONFIGS / f'{config}.py', Path(work_dir) / f'{config}_{labels}_{start}_{seed}', labels,
@@ -83,7 +81,7 @@ def classify(config, labels, start, seed, work_dir, checkpoint):
 
 
 def segment(start, seed, work_dir, checkpoint):
-    """mIoU in percent of one UPerNet on the scenes; runs in a process of its own."""
+    """Train UPerNet on the scenes in a separate process; return mIoU in percent."""
     torch.set_num_threads(1)
     options = {
         'randomness.seed': seed, 'train_cfg.max_iters': ITERS, 'train_cfg.val_interval': ITERS,
@@ -99,6 +97,7 @@ def segment(start, seed, work_dir, checkpoint):
 
 
 def segmentor_dir(work_dir, start, seed):
+    """Return the work directory of one UPerNet."""
     return Path(work_dir) / f'digits_upernet_{start}_{seed}'
 
 
@@ -106,14 +105,14 @@ def compare(jobs, work_dir, checkpoint, seeds):
     """Run jobs from both starts over all seeds, one process per core.
 
     Args:
-        jobs (dict[str, Callable]): Name -> a function of start, seed, ``work_dir`` and
-            ``checkpoint``.
-        work_dir (str): The demo's folder.
-        checkpoint (str): Of the pretraining.
+        jobs (dict[str, Callable]): Functions of start, seed, ``work_dir`` and ``checkpoint``, by
+            name.
+        work_dir (str): The demo's work directory.
+        checkpoint (str): Checkpoint of the pretraining.
         seeds (int): Runs per job and start.
 
     Returns:
-        dict: Name -> start -> list of results, one per seed.
+        dict[str, dict[str, list]]: Results by name and start, one per seed.
     """
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
@@ -125,16 +124,19 @@ def compare(jobs, work_dir, checkpoint, seeds):
 
 
 def check(results):
-    """What went wrong with the pretraining, as sentences; none if it helped.
+    """Check that the pretraining did not collapse and that it helped.
+
+    Two rows are not checked. The last block's features are trained to resemble the next embedding
+    and are shallow by construction (paper, Table 6). UPerNet's decoder is as large as the network
+    and learns these scenes equally well without pretraining (docs/results.md).
 
     Args:
-        results (dict): ``loss`` (float, at the end), ``spread`` (float, standard deviation
-            of the normalised embeddings times sqrt(D): 1 if they fill the sphere, 0 if they
-            are all equal) and ``rows`` (name -> start -> list of accuracies).
+        results (dict): ``loss`` (float, at the end); ``spread`` (float, standard deviation of the
+            normalised embeddings times sqrt(D): 1 if they fill the sphere, 0 if they are all
+            equal); ``rows`` (accuracies by name and start).
 
-    Two rows do not count: the last block's features are made to resemble the next embedding
-    and are shallow by construction (paper, Table 6), and UPerNet, whose decoder is as large as
-    the network, learns these scenes as well without pretraining (docs/results.md).
+    Returns:
+        list[str]: Messages about failures.
     """
     problems = []
     if results['loss'] < -0.999 or results['spread'] < 0.1:
@@ -144,18 +146,20 @@ def check(results):
     for name, row in results['rows'].items():
         random, pretrained = (np.mean(row[start]) for start in STARTS)
         if pretrained <= random and name not in (LAST_BLOCK, SEGMENTATION):
-            problems.append(f'The pretraining did not help: {name} gives {pretrained:.1f} % '
+            problems.append(f'The pretraining did not help: {name} yields {pretrained:.1f} % '
                             f'with it and {random:.1f} % without.')
     return problems
 
 
 @torch.no_grad()
 def embedding_spread(model, images):
+    """Return the standard deviation of the normalised embeddings times sqrt(D)."""
     z = F.normalize(model.backbone.embed(images)[0].flatten(0, 1), dim=-1)
     return (z.var(dim=0).sum().sqrt()).item()
 
 
 def plot_loss(losses, path):
+    """Plot the loss of every update and its running mean."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
@@ -171,15 +175,15 @@ def plot_loss(losses, path):
 
 @torch.no_grad()
 def plot_predictions(model, bank, images, path):
-    """Images, what the model expects of each patch, and how well that meets the patch.
+    """Plot images, the model's prediction of each patch, and its cosine with the patch.
 
-    An embedding is shown as the training patch whose embedding is nearest to it.
+    A predicted embedding is shown as the training patch with the nearest embedding.
 
     Args:
         model (NEPA): The pretrained model, in evaluation mode.
         bank (Tensor): Normalised training images (M, 3, H, W).
         images (Tensor): Normalised images to show (n, 3, H, W).
-        path (Path): The picture.
+        path (Path): The image file.
     """
     import matplotlib.pyplot as plt
 
@@ -198,9 +202,9 @@ def plot_predictions(model, bank, images, path):
             ('cosine of\nprediction\nand patch', cosine, dict(cmap='viridis', vmin=0, vmax=1))]
     figure, axes = plt.subplots(3, len(images), figsize=(1.25 * len(images) + 2, 4.6),
                                 layout='constrained')
-    for line, (label, pictures, style) in zip(axes, rows):
-        for axis, picture in zip(line, pictures):
-            shown = axis.imshow(picture, extent=(0, gw, gh, 0), interpolation='nearest', **style)
+    for line, (label, panels, style) in zip(axes, rows):
+        for axis, panel in zip(line, panels):
+            shown = axis.imshow(panel, extent=(0, gw, gh, 0), interpolation='nearest', **style)
             axis.set(xticks=range(gw + 1), yticks=range(gh + 1), xticklabels=[], yticklabels=[])
             axis.tick_params(length=0)
             axis.grid(color='#64748b', linewidth=0.4)
@@ -213,12 +217,12 @@ def plot_predictions(model, bank, images, path):
 
 
 def plot_segmentation(work_dir, path, num=6):
-    """Scenes, their labels and what the segmentors of seed 0 make of them.
+    """Plot scenes, their labels and the predictions of the segmentors of seed 0.
 
     Args:
-        work_dir (Path): The demo's folder.
-        path (Path): The picture.
-        num (int): How many validation scenes. Defaults to 6.
+        work_dir (Path): The demo's work directory.
+        path (Path): The image file.
+        num (int): Number of validation scenes. Defaults to 6.
     """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
@@ -241,9 +245,9 @@ def plot_segmentation(work_dir, path, num=6):
     classes = model.dataset_meta['classes']
     palette = np.array([*model.dataset_meta['palette'], [128, 128, 128]]) / 255  # -1: unlabelled
     figure, axes = plt.subplots(len(rows), num, figsize=(1.5 * num + 2, 6.8), layout='constrained')
-    for line, (name, pictures) in zip(axes, rows.items()):
-        for axis, picture in zip(line, pictures):
-            axis.imshow(picture if picture.ndim == 3 else palette[picture], interpolation='nearest')
+    for line, (name, panels) in zip(axes, rows.items()):
+        for axis, panel in zip(line, panels):
+            axis.imshow(panel if panel.ndim == 3 else palette[panel], interpolation='nearest')
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation=0, ha='right', va='center')
     figure.legend(handles=[Patch(color=colour, label=label) for colour, label
@@ -271,10 +275,12 @@ def show(console, results, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
-    parser.add_argument('--epochs', type=int, default=60, help='of pretraining (default: 60)')
+    """Run the tool with ``argv`` (default: the command line); return whether a check failed."""
+    parser = tool_parser(__doc__)
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'),
+                        help='output folder (default: work_dirs/demo)')
+    parser.add_argument('--epochs', type=int, default=60,
+                        help='epochs of pretraining (default: 60)')
     parser.add_argument('--seeds', type=int, default=3,
                         help='runs per start and number of labels (default: 3)')
     args = parser.parse_args(argv)
@@ -326,7 +332,7 @@ def main(argv=None):
     problems = check(results)
     for problem in problems:
         console.print(problem, style='red')
-    console.print(f'{results["seconds"]} s. Table, loss curve and pictures of predictions '
+    console.print(f'{results["seconds"]} s. Table, loss curve and figures of predictions '
                   f'and segmentation are in {out}.', soft_wrap=True)
     return bool(problems)
 

@@ -2,33 +2,32 @@
 
     python demo/make_digit_scenes.py [--out data/digit_scenes] [--train 100] [--val 100] [--seed 0]
 
-The data of configs/demo/digits_upernet.py; :func:`digit_scene` explains the labels.
+This is the data of configs/demo/digits_upernet.py; see :func:`digit_scene` for the labels.
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from nepa_mm.apis import user_errors
+from nepa_mm.apis import tool_parser, user_errors
 from nepa_mm.datasets.digits import SPLITS, Digits
 from nepa_mm.utils.outputs import own_folder
 
-SCENE = 32              # pixels of a scene, per side: two cells, with a digit in each of the four
-DIGIT = (15, 16)        # pixels of a digit, per side, at least and at most
-EDGE = (0.25, 0.4)      # share of ink: background below, digit above, unlabelled between
+SCENE = 32              # side of a scene in pixels: 2 x 2 cells with a digit each
+DIGIT = (15, 16)        # smallest and largest side of a digit in pixels
+EDGE = (0.25, 0.4)      # fraction of ink: background below, digit above, unlabelled between
 
 
 def digit_scene(rng, digits):
-    """Four digits on a textured background, and what each pixel shows.
+    """Draw four digits on a textured background.
 
     Args:
-        rng (numpy.random.Generator): All randomness.
+        rng (numpy.random.Generator): Source of all randomness.
         digits (list[dict]): Samples of :class:`Digits`.
 
     Returns:
-        tuple[ndarray, ndarray]: Image (32, 32, 3) and labels (32, 32), both uint8. Labels are
-        counted as in ADE20K: 0 unlabelled, 1 background, 2 to 11 the digits 0 to 9.
+        tuple[ndarray, ndarray]: Image (32, 32, 3) and labels (32, 32), both uint8. As in ADE20K, 0
+        is unlabelled; 1 is background, 2 to 11 are the digits 0 to 9.
     """
     cells = rng.integers(4, 17)
     texture = Image.fromarray(rng.integers(0, 61, (cells, cells, 3), dtype=np.uint8))
@@ -51,14 +50,14 @@ def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
     """Write scenes in ADE20K's folder layout, a small data set for semantic segmentation.
 
     Args:
-        folder (str | Path): Gets ``images/`` and ``annotations/``, each with ``training/`` and
+        folder (str | Path): Where ``images/`` and ``annotations/`` go, each with ``training/`` and
             ``validation/``.
-        num_train (int): Training scenes, of training digits. Defaults to 100.
-        num_val (int): Validation scenes, of test digits. Defaults to 100.
-        seed (int): A scene depends on it and on its own number only. Defaults to 0.
+        num_train (int): Number of training scenes, from training digits. Defaults to 100.
+        num_val (int): Number of validation scenes, from test digits. Defaults to 100.
+        seed (int): A scene depends on the seed and its own number only. Defaults to 0.
 
     Raises:
-        FileExistsError: The folder holds anything else.
+        FileExistsError: The folder holds other files.
     """
     own_folder(Path(folder), '.nepa_mm_scenes')
     for split, part, num in (('train', 'training', num_train), ('test', 'validation', num_val)):
@@ -74,16 +73,17 @@ def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', default='data/digit_scenes', help='the folder')
+    """Run the tool with ``argv`` (default: the command line)."""
+    parser = tool_parser(__doc__)
+    parser.add_argument('--out', default='data/digit_scenes', help='where scenes go '
+                        '(default: data/digit_scenes)')
     parser.add_argument('--train', type=int, default=100, help='training scenes (default: 100)')
     parser.add_argument('--val', type=int, default=100, help='validation scenes (default: 100)')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=int, default=0, help='(default: 0)')
     args = parser.parse_args(argv)
     with user_errors():
         write_digit_scenes(args.out, args.train, args.val, args.seed)
-    print(f'wrote {args.train} + {args.val} scenes into {args.out}')
+    print(f'Wrote {args.train} + {args.val} scenes to {args.out}.')
 
 
 if __name__ == '__main__':

@@ -30,7 +30,7 @@ def tiny(monkeypatch):
 def test_peers_compute_our_loss():
     """With our weights, and 257 tokens instead of 256."""
     torch.manual_seed(0)
-    models = peers.contestants(BASES, 'tiny', False)
+    models = peers.build_candidates(BASES, 'tiny', False)
     (ours, our_loss), (eager, eager_loss) = models['nepa_mm'], models['eager, unpacked']
     ours.eval()     # RoPE draws in training
     eager.eval()
@@ -76,7 +76,7 @@ def test_vit_nepa_takes_part_where_it_can_be_imported(monkeypatch, name):
     for part in (name.rpartition('.')[0], name):
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     vars(sys.modules[name]).update(ViTNepaConfig=Config, ViTNepaForPreTraining=Model)
-    model, loss = peers.contestants(BASES, 'tiny', False)['vit_nepa']
+    model, loss = peers.build_candidates(BASES, 'tiny', False)['vit_nepa']
     assert model.in_features == TINY['embed_dims']
     torch.testing.assert_close(loss(torch.ones(2, 3, 28, 28)), model.weight.sum())
 
@@ -215,7 +215,7 @@ def test_plan_by_hand(capsys, tmp_path):
     ('step --arch huge', 'error: argument --arch: invalid choice'),
     ('step --banana', 'error: unrecognized arguments: --banana.'),
     ('step --batch 0', 'error: argument --batch: 0 is not positive.'),
-    ('plan --gpus 8 --model l', 'error: plan needs measured images/s: give a rate'),
+    ('plan --gpus 8 --model l', 'error: plan needs a measured rate of images/s: give the rate'),
     ('plan --gpus 8 --model l --step-json nothing.json', 'error: There is no file nothing.json.'),
     ('plan --gpus 8 --model l --images-per-second -1 --loader-images-per-second 1',
      'error: rates and bandwidth must be positive.'),

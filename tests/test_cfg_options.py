@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config, DictAction
 
-from nepa_mm.apis.cfg_options import parse_value
+from nepa_mm.apis.arguments import parse_value
 
 from .conftest import REPO
 from .tiny_runs import (
@@ -145,10 +145,10 @@ def test_misspelt_keys(capsys, option, key):
     ('train_dataloader.dataset.pipeline.7.scale=3', 'pipeline is a list of 3, .* from 0 to 2'),
     ('train_dataloader.dataset.pipeline.scale=3', 'pipeline is a list of 3, .* from 0 to 2'),
     ('custom_hooks.0.interval=3', 'custom_hooks is a list of 0, .* set custom_hooks itself'),
-    ('param_scheduler.0.end=3', 'param_scheduler is a dict, which has names and no index'),
+    ('param_scheduler.0.end=3', 'param_scheduler is a dict, which has names, not indices'),
     ('_delete_=True', 'KEY._delete_=True'),
     ('model.backbone.type=NEPAVit', "no 'NEPAVit' for model.backbone.type; the nearest is NEPAViT"),
-    ('optim_wrapper.optimizer.type=SGD', 'SGD does not take betas, eps, .*_delete_=True'),
+    ('optim_wrapper.optimizer.type=SGD', 'SGD does not accept betas, eps, .*_delete_=True'),
     ('custom_imports.imports=[no_such_module]', 'custom_imports: .*no_such_module'),
     ('optim_wrapper.optimizer.lr=1e-3x', "must be a number, as .* got '1e-3x'"),
     ('train_dataloader.persistent_workers=Flase', "must be True or False, as .* got 'Flase'"),

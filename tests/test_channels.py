@@ -155,7 +155,7 @@ def refusal(tool, args, capsys):
     ({'model.backbone.in_channels': 4, 'model.data_preprocessor.mean': [1.] * 4,
       'model.data_preprocessor.std': [1.] * 4, 'train_dataloader.dataset.pipeline.0.color_type':
       'unchanged', 'train_dataloader.dataset.pipeline.1.backend': 'pillow'},
-     "Resize with backend='pillow' knows 1 and 3 channels"),
+     "Resize with backend='pillow' supports 1 and 3 channels"),
     ({'train_dataloader.dataset.pipeline.0.color_type': 'gray'}, 'color_type must be one of')])
 def test_before_the_first_step(change, words, capsys):
     config = save_pretraining()

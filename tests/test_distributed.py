@@ -103,7 +103,7 @@ def test_a_dead_process_ends_the_others(folder):
     rest = program.communicate(timeout=60)[0]
     assert program.returncode == 1
     assert rest.splitlines()[-1] == ('error: the process of rank 1 was killed by SIGKILL; torchrun '
-                                     'has ended the others.')
+                                     'has ended all others.')
     assert not Path(f'/proc/{first}').exists()
 
 

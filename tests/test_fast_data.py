@@ -160,7 +160,7 @@ def test_resize_goes_on(imagenet, tmp_path, monkeypatch, capsys):
     (target / 'train/n01/.wide.JPEG.part').write_bytes(b'half')
     capsys.readouterr()
     resize(args)
-    assert '7 images, 4 of them done before' in capsys.readouterr().out
+    assert '7 images, 4 of them already resized' in capsys.readouterr().out
     after = {name: os.stat(target / name).st_mtime_ns for name in files(target)}
     assert set(before) == set(after)
     assert [name for name in before if 'JPEG' in name and before[name] != after[name]] == [

@@ -175,4 +175,4 @@ def test_resize_into_the_source():
     before = contents('images')
     for target in ('images', 'images/small', 'link', 'link/small'):
         said = typed('resize_imagenet.py', 'images', target, status=2)
-        assert f'{target} is within images' in said and contents('images') == before
+        assert f'{target} is inside images' in said and contents('images') == before

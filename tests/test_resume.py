@@ -323,9 +323,9 @@ def empty_optimizer(state):
     (damaged_moment, r'exp_avg of \S+ has shape \(2,\)'),
     (other_groups, 'has groups of .* paramwise_cfg'),
     (no_moment, 'its optimizer lacks'),
-    (no_optimizer, 'holds no state of the optimizer'),
-    (odd_place, 'does not say where the run was'),
-    (empty_optimizer, 'its optimizer holds no groups')])
+    (no_optimizer, 'holds no optimizer state'),
+    (odd_place, 'has no valid progress of the run'),
+    (empty_optimizer, 'its optimizer holds no parameter groups')])
 def test_what_does_not_fit_is_refused(folder, damage, sentence):
     config = save_run()
     run(config, *ALONE, 'train_cfg.max_epochs=1')
@@ -344,6 +344,6 @@ def test_without_an_average_the_raw_weights_go_on(folder):
     config = save_run(change=lambda cfg: cfg.custom_hooks.pop())
     runner = run(config, *ALONE, flags=[
         '--work-dir', 'raw', '--resume', 'work_dirs/run/epoch_2.pth'])
-    assert any('without an EMA hook' in line for line in said(runner))
+    assert any('this run has no EMA hook' in line for line in said(runner))
     found = read_checkpoint(f'raw/epoch_{EPOCHS}.pth')['state_dict']
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -252,7 +252,7 @@ def test_every_suffix_is_read(folder):
 
 def test_evaluation_of_a_part(folder):
     classes(train=dict(ant=2, bee=2, cat=2), val=dict(ant=1, bee=1, cat=1))
-    refused('val_dataloader.drop_last leaves out 1 of 3 images', run_train,
+    refused('val_dataloader.drop_last skips 1 of 3 images', run_train,
             save_config(**{'val_dataloader.drop_last': True}))
 
 
@@ -356,8 +356,8 @@ def test_what_only_mmengine_would_find_later(trainable):
     for change, sentence in (
             ({'train_cfg.max_epochs': -1}, 'max_epochs must be an integer from 1, got -1'),
             ({'train_cfg.val_interval': 0}, 'val_interval must be an integer from 1, got 0'),
-            ({'train_dataloader.sampler': dict(type='InfiniteSampler')}, 'sampler has no end'),
-            ({'default_hooks.checkpoint.save_best': 'accuracy/top5'}, 'gives accuracy/top1[.]'),
+            ({'train_dataloader.sampler': dict(type='InfiniteSampler')}, 'sampler is infinite'),
+            ({'default_hooks.checkpoint.save_best': 'accuracy/top5'}, 'returns accuracy/top1[.]'),
             ({'val_evaluator': None}, 'no val_evaluator; a run that validates needs'),
             ({'train_dataloader.dataset.data_root': 5}, 'not int'),
             # in the first step

@@ -133,7 +133,7 @@ def test_auto_scale_lr(pretrain):
     log = next(Path(runner.log_dir).glob('*.log')).read_text()
     assert '8 = 1 processes x 2 images x 4 accumulated, base 16: lr 0.1 -> 0.05' in log
 
-    with refused('auto_scale_lr.base_batch_size, but the config gives No'):
+    with refused('auto_scale_lr.base_batch_size, got No'):
         run_train([pretrain, '--auto-scale-lr', *options('auto_scale_lr.base_batch_size=None')])
 
 
@@ -173,7 +173,7 @@ def test_dataloader_defaults():
     (options('train_dataloader.dataset.data_root=nowhere'),
      "train_dataloader: 'nowhere/train' does not exist"),
     (options('train_dataloader.dataset.type=ImageNet', 'train_dataloader.dataset.data_root=no/'),
-     r"'no/train' does not exist; expected are no/train/<wnid>/\*.JPEG and no/val/<wnid>"),
+     r"'no/train' does not exist; expected no/train/<wnid>/\*.JPEG and no/val/<wnid>"),
     (options('train_dataloader.dataset.data_root=data/empty'),
      "train_dataloader: 'data/empty/train' holds no image"),
     (options('train_dataloader.dataset.ann_file=list.txt'),

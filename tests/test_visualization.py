@@ -289,4 +289,4 @@ def test_refusals(pretrained, capsys):
     assert "scan order 'snake'" in refuse('snake.py', checkpoint, image)
     cfg.model.backbone = dict(type='ResNet', depth=18)
     cfg.dump('resnet.py')
-    assert 'no model with a NEPAViT as backbone, but ResNet' in refuse('resnet.py', *pretrained[1:])
+    assert 'must be a NEPAViT, got ResNet' in refuse('resnet.py', *pretrained[1:])

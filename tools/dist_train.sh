@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Train on several GPUs, or in several CPU processes where there is no GPU:
+# Train on several GPUs, or in several CPU processes without a GPU:
 #     tools/dist_train.sh CONFIG GPUS [flags of train.py]
-# On several machines, run it on each, with the same NNODES, MASTER_ADDR and PORT (29500) and
-# with NODE_RANK from 0. On one machine a free port is chosen unless PORT is set.
+# On several machines, run it on each with the same NNODES, MASTER_ADDR and PORT (29500), and
+# with NODE_RANK counting from 0. On one machine a free port is used unless PORT is set.
 set -eu
 
 if ! [[ $# -ge 2 && $2 =~ ^[1-9][0-9]*$ ]]; then

@@ -1,4 +1,4 @@
-"""What dist_train.sh and dist_test.sh run: torchrun, told where to meet and how many threads.
+"""Run torchrun for dist_train.sh and dist_test.sh, with its address and number of threads set.
 
     python tools/launch.py GPUS SCRIPT [arguments of the script]
 """
@@ -12,39 +12,42 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException, api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-TERMINATED = 128 + signal.SIGTERM       # status of a process that saved and ended
+TERMINATED = 128 + signal.SIGTERM       # status of a process that saved and exited
 raise_signal = api._terminate_process_handler
 
 
 def raise_once(signum, frame):
-    """torchrun's handler, for the first SIGTERM; a third one made it leave its processes."""
+    """Call torchrun's handler once; with a third SIGTERM torchrun would abandon its processes."""
     if signum == signal.SIGTERM:
         signal.signal(signum, signal.SIG_IGN)
     raise_signal(signum, frame)
 
 
 def free_port():
+    """Return an unused TCP port of this machine."""
     with socket.socket() as found:
         found.bind(('127.0.0.1', 0))
         return found.getsockname()[1]
 
 
-def terminated(status=TERMINATED):
+def exit_after_signal(status=TERMINATED):
+    """Exit with the status of a signal, 128 + its number."""
     print(f'{signal.Signals(status - 128).name}: the processes have ended.', file=sys.stderr)
     sys.exit(status)
 
 
 def main(gpus, *command):
+    """Run a command in ``gpus`` processes on each machine."""
     env = os.environ
     nodes = env.get('NNODES', '1')
-    # what a process that failed has said, or the last line below, says it better
+    # the failed process or the last line below reports the cause more clearly
     for name in list(logging.root.manager.loggerDict):
         if name.startswith('torch.distributed.elastic'):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     threads = max(1, len(os.sched_getaffinity(0)) // int(gpus))
     env.setdefault('OMP_NUM_THREADS', str(threads))
     env.setdefault('MKL_NUM_THREADS', env['OMP_NUM_THREADS'])
-    # seconds that processes have to save after SIGTERM; older torch gives them 30
+    # seconds for saving after SIGTERM; older torch uses 30
     env.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '600')
     api._terminate_process_handler = raise_once
     try:
@@ -56,16 +59,16 @@ def main(gpus, *command):
             f'--master-port={env.get("PORT") or (free_port() if nodes == "1" else 29500)}',
             *command])
     except SignalException as stop:
-        terminated(128 + stop.sigval)
+        exit_after_signal(128 + stop.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:       # bad input, and the process has said so in one sentence
+        if failure.exitcode == 2:       # bad input, which the process has reported
             sys.exit(2)
         if failure.exitcode in (TERMINATED, -signal.SIGTERM):
-            terminated()
+            exit_after_signal()
         how = (f'was killed by {failure.signal_name()}' if failure.exitcode < 0
                else f'ended with status {failure.exitcode}')
-        sys.exit(f'error: the process of rank {rank} {how}; torchrun has ended the others.')
+        sys.exit(f'error: the process of rank {rank} {how}; torchrun has ended all others.')
 
 
 if __name__ == '__main__':

@@ -1,10 +1,9 @@
-"""Classify or segment images: top-5 classes printed, a picture of each written.
+"""Classify or segment images: print the top-5 classes and save a figure of each image.
 
     python tools/predict.py IMAGE... --model nepa_vit-b_ft_in1k
         --checkpoint hf://SixAILab/nepa-base-patch14-224-sft
     python tools/predict.py IMAGE... --model configs/segmentation/....py --checkpoint FILE.pth
 """
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -17,33 +16,31 @@ from mmpretrain.apis.model import ModelHub
 from PIL import Image
 
 from nepa_mm import apis
-from nepa_mm.apis.channels import check_channels, color_type
 from nepa_mm.checkpoints.io import locate
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
 from nepa_mm.datasets.images import read_image, to_display_rgb
 from nepa_mm.utils.nested import dicts
 from nepa_mm.utils.outputs import page_names
 
-LABELS = 'labels'   # folder of label maps, in that of the pictures
+LABELS = 'labels'   # subfolder for label maps
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = apis.tool_parser(__doc__)
     parser.add_argument('images', nargs='+', help='image files')
     parser.add_argument('--model', required=True,
                         help="name, as in mmpretrain.list_models('nepa*'), or config file")
-    parser.add_argument('--checkpoint', help='.pth or .safetensors file, folder with published '
-                        'weights, or hf://owner/name[@revision]; default: what the model index '
-                        'names for the model')
+    parser.add_argument('--checkpoint', help=apis.CHECKPOINT_HELP
+                        + '; default: the weights that the model index lists for the model')
     add_weights_argument(parser)
-    parser.add_argument('--out-dir', default='predictions', help='where pictures go')
+    parser.add_argument('--out-dir', default='predictions',
+                        help='where figures go (default: predictions)')
     parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
     return parser.parse_args(argv)
 
 
 def read_model(args):
-    """Config and weight file of the model."""
+    """Return the config and the weight file of the model."""
     if args.model.endswith('.py'):
         cfg, weights = Config.fromfile(args.model), None
     else:
@@ -54,15 +51,16 @@ def read_model(args):
         raise ValueError(f'The model index has no weights for {args.model}; give --checkpoint.')
     if 'test_dataloader' not in cfg:
         raise ValueError(f'{args.model} predicts neither classes nor segments: it has no '
-                         'test_dataloader, as a pretraining config.')
-    check_channels(cfg, 'test_dataloader')
+                         'test_dataloader, like pretraining configs.')
+    apis.check_channels(cfg, 'test_dataloader')
     apis.check_checkpoint(weights, '--checkpoint')
     for node in dicts(cfg.model):
-        node.pop('init_cfg', None)      # the checkpoint has all of it
+        node.pop('init_cfg', None)      # the checkpoint has all weights
     return cfg, locate(weights, args.weights)
 
 
 def classify(infer, args, source):
+    """Print the top-5 classes of each image and save a figure with their probabilities."""
     for image, page in zip(args.images, page_names(args.images, args.out_dir)):
         pixels = read_image(image, infer.color_type)
         result, = infer(pixels)
@@ -86,27 +84,27 @@ def classify(infer, args, source):
 
 
 def build(cfg, weights, device, which=None):
-    """The inferencer of the config's package, with all weights in place, and which they are."""
-    if is_segmentation(cfg):
-        infer = segmenter()(cfg, weights, device=device)
+    """Build the inferencer with all weights loaded; return it and the set of weights."""
+    if apis.is_segmentation(cfg):
+        infer = segmenter_class()(cfg, weights, device=device)
     else:
         infer = ImageClassificationInferencer(cfg, pretrained=weights, device=device)
-    infer.color_type = color_type(cfg, 'test_dataloader')
-    # the inferencers themselves would only warn, and know but the first set
+    infer.color_type = apis.color_type(cfg, 'test_dataloader')
+    # the inferencers only warn of mismatches and read the first set only
     which, meta = load_strict(infer.model, weights, weights=which)
     named, model = meta.get('dataset_meta') or {}, infer.model
-    num_classes = (model.decode_head if is_segmentation(cfg) else model.head).num_classes
+    num_classes = (model.decode_head if apis.is_segmentation(cfg) else model.head).num_classes
     names = named.get('classes')
     if names and len(names) != max(num_classes, 2):
         raise ValueError(f'{weights} names {len(names)} classes, but the head of the config has '
                          f'{num_classes} outputs.')
-    if is_segmentation(cfg) and not named:      # mmseg takes Cityscapes'
-        model.dataset_meta = names_of(cfg)
+    if apis.is_segmentation(cfg) and not named:     # mmseg would assume Cityscapes
+        model.dataset_meta = classes_and_palette(cfg)
     return infer, which
 
 
-def names_of(cfg):
-    """Classes and palette of the config's data set, or else numbers and random colours."""
+def classes_and_palette(cfg):
+    """Return classes and palette of the config's data set, or else numbers and random colours."""
     data = next((node for node in dicts(cfg.test_dataloader.dataset)
                  if node.get('type') and 'pipeline' in node), {})
     known = getattr(DATASETS.get(data.get('type', '')), 'METAINFO', {}) | data.get('metainfo', {})
@@ -118,8 +116,8 @@ def names_of(cfg):
     return dict(classes=names, palette=palette)
 
 
-def segmenter():
-    """mmseg's inferencer, which draws on what it sees of a file, not on what OpenCV does."""
+def segmenter_class():
+    """Return mmseg's inferencer, changed to read and draw images with our reader, not OpenCV."""
     from mmseg.apis import MMSegInferencer
 
     class Segmenter(MMSegInferencer):
@@ -142,11 +140,8 @@ def segmenter():
     return Segmenter
 
 
-def is_segmentation(cfg):
-    return cfg.get('default_scope') == 'mmseg'
-
-
 def main(argv=None):
+    """Run the tool with ``argv`` (default: the command line)."""
     args = parse_args(argv)
     matplotlib.use('Agg')
     with apis.user_errors():
@@ -155,17 +150,17 @@ def main(argv=None):
                 raise FileNotFoundError(f'There is no image {image}.')
         cfg, weights = read_model(args)
         infer, which = build(cfg, weights, args.device, args.weights)
-        for image in args.images:       # before the first picture
+        for image in args.images:       # reject unreadable images before writing
             read_image(image, infer.color_type)
         out = Path(args.out_dir)
         out.mkdir(parents=True, exist_ok=True)
-        if is_segmentation(cfg):
+        if apis.is_segmentation(cfg):
             (out / LABELS).mkdir(exist_ok=True)
             infer.pages = page_names(args.images, out, out / LABELS)
             infer(args.images)
         else:
             classify(infer, args, f'{which} weights of {weights}')
-    print(f'pictures of the {which} weights of {weights} are in {args.out_dir}')
+    print(f'Figures of the {which} weights of {weights} are in {args.out_dir}.')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train under Slurm:
 #     GPUS=16 tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [flags of train.py]
-# GPUS (8) counts all machines, GPUS_PER_NODE (8) and CPUS_PER_TASK (5) go to srun, as does
-# SRUN_ARGS, word by word. PORT is the port where the processes meet (default: a random one).
+# GPUS (8) is the total over all machines. GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS (split
+# at blanks) are passed to srun. PORT is the port of the process group (default: a random one).
 set -eu
 
 if [ $# -lt 4 ]; then

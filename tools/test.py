@@ -3,11 +3,9 @@
     python tools/test.py CONFIG CHECKPOINT [--tta] [--show-dir DIR] [--out FILE]
     tools/dist_test.sh CONFIG CHECKPOINT GPUS [the same flags]
 
-One set of weights is tested, the average if there is one; metrics, saved predictions and pictures
-are all of it. --weights raw tests the other.
+Tests one set of weights: the EMA weights if the checkpoint has them, else the raw ones. Metrics,
+saved predictions and images all use that set. --weights raw selects the raw weights.
 """
-import argparse
-import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,9 +13,7 @@ import mmengine
 from mmengine.evaluator import DumpResults
 from mmengine.hooks import EMAHook
 
-from nepa_mm import apis  # the import makes `mmseg::` and `nepa_mm::` bases resolve
-from nepa_mm.apis.cfg_options import add_cfg_options
-from nepa_mm.apis.channels import check_channels, color_type
+from nepa_mm import apis  # registers the `mmseg::` and `nepa_mm::` config scopes
 from nepa_mm.apis.run_check import RunCheckHook
 from nepa_mm.checkpoints.io import locate
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
@@ -26,53 +22,40 @@ from nepa_mm.visualization.predictions import SeenImageHook, segmentation_hook
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = apis.tool_parser(__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument(
-        'checkpoint', help='.pth or .safetensors file, folder with published weights, or '
-        'hf://owner/name[@revision]')
+    parser.add_argument('checkpoint', help=apis.CHECKPOINT_HELP)
     add_weights_argument(parser)
     parser.add_argument(
         '--work-dir', help='where logs and metrics go (default: work_dirs/<config name>)')
     parser.add_argument(
         '--out', help='save predictions: a .pkl file for classification, a folder of label maps '
-        '(.png) for segmentation; with --out-item metrics a .json, .yaml or .pkl file; new')
+        '(.png) for segmentation; with --out-item metrics a .json, .yaml or .pkl file; must '
+        'be new')
     parser.add_argument(
         '--out-item', choices=['metrics', 'pred'], default='pred', help='what --out saves')
-    parser.add_argument('--show-dir', help='save pictures of the predictions in this folder, '
-                        'under free names')
+    parser.add_argument('--show-dir', help='save images of the predictions in this folder; '
+                        'existing files are kept')
     parser.add_argument(
         '--tta', action='store_true', help='test-time augmentation: tta_pipeline and tta_model of '
         'the config; without them, flipping for classification')
-    add_cfg_options(parser)
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-        help='what started the processes; the shell scripts beside this file set it')
-    parser.add_argument(
-        '--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    apis.add_cfg_options(parser)
+    return apis.parse_with_launcher(parser, argv)
 
 
-def unread(args):
-    """Settings of a config that are not looked at, and why."""
+def unread_keys(args):
+    """Return the config keys that this tool ignores, with the reasons."""
     keys = dict(load_from='CHECKPOINT names the weights', resume='nothing is trained')
     if not args.tta:
         keys.update(dict.fromkeys(('tta_model', 'tta_pipeline'), 'give --tta, too'))
     return keys
 
 
-def is_segmentation(cfg):
-    return cfg.get('default_scope') == 'mmseg'
-
-
 def merge_args(cfg, args):
-    """Apply the flags that only testing has."""
+    """Apply the flags of this tool to the config."""
     if not cfg.get('test_dataloader'):
-        raise ValueError(f'{args.config!r} has no test_dataloader, as a pretraining config: test '
-                         'a fine-tuned checkpoint with its config under configs/classification '
+        raise ValueError(f'{args.config!r} has no test_dataloader, like pretraining configs: '
+                         'test a fine-tuned checkpoint with its config in configs/classification '
                          'or configs/segmentation.')
     apis.check_checkpoint(args.checkpoint, 'CHECKPOINT')
     cfg.load_from, cfg.resume = locate(args.checkpoint, args.weights), False
@@ -84,17 +67,17 @@ def merge_args(cfg, args):
         show_predictions(cfg, args.show_dir)
     if args.tta:
         augment(cfg)
-    if args.out and args.out_item == 'pred' and is_segmentation(cfg):
+    if args.out and args.out_item == 'pred' and apis.is_segmentation(cfg):
         cfg.test_evaluator.output_dir = args.out
 
 
 def show_predictions(cfg, show_dir):
-    """Let the visualization hook draw every test image into ``show_dir``."""
+    """Make the visualization hook draw every test image into ``show_dir``."""
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if not hook:
         raise ValueError('--show-dir needs default_hooks.visualization, which the config lacks.')
-    if is_segmentation(cfg):
-        kind = segmentation_hook(color_type(cfg, 'test_dataloader'), show_dir)
+    if apis.is_segmentation(cfg):
+        kind = segmentation_hook(apis.color_type(cfg, 'test_dataloader'), show_dir)
         hook.update(type=kind, draw=True, interval=1)
     else:
         hook.update(type=SeenImageHook.__name__, enable=True, out_dir=show_dir)
@@ -105,20 +88,20 @@ def augment(cfg):
     """Wrap the model and the pipeline for test-time augmentation."""
     dataset = cfg.test_dataloader.dataset
     if 'tta_pipeline' not in cfg:
-        if is_segmentation(cfg):
+        if apis.is_segmentation(cfg):
             raise ValueError('--tta needs a tta_pipeline, which the config lacks.')
         flips = [dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)]
         *load, pack = deepcopy(dataset.pipeline)
         cfg.tta_pipeline = [*load, dict(type='TestTimeAug', transforms=[flips, [pack]])]
     if 'tta_model' not in cfg:
         cfg.tta_model = dict(
-            type='SegTTAModel' if is_segmentation(cfg) else 'mmpretrain.AverageClsScoreTTA')
+            type='SegTTAModel' if apis.is_segmentation(cfg) else 'mmpretrain.AverageClsScoreTTA')
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(cfg.tta_model, module=cfg.model)
 
 
 class NamedResults(DumpResults):
-    """Predictions of which each says by which weights it was made."""
+    """Dump predictions together with the set of weights that made them."""
 
     def __init__(self, weights, **kwargs):
         super().__init__(**kwargs)
@@ -129,7 +112,7 @@ class NamedResults(DumpResults):
 
 
 def load(runner, cfg, weights):
-    """Load the weights for good: no hook changes them, and the Runner loads no others."""
+    """Load the weights; afterwards no hook changes them and the Runner loads no others."""
     which, meta = load_strict(runner.model, cfg.load_from, weights=weights)
     run_check, = [hook for hook in runner.hooks if isinstance(hook, RunCheckHook)]
     run_check.note_classes(meta, cfg.load_from)
@@ -144,13 +127,13 @@ def main(argv=None):
     args = parse_args(argv)
     with apis.user_errors() as start:
         cfg = apis.load_config(
-            args.config, args.cfg_options, args.work_dir, args.launcher, unread=unread(args))
+            args.config, args.cfg_options, args.work_dir, args.launcher, unread=unread_keys(args))
         merge_args(cfg, args)
         apis.check_data(cfg, 'test_dataloader')
-        check_channels(cfg, 'test_dataloader')
+        apis.check_channels(cfg, 'test_dataloader')
         runner = apis.start_runner(cfg, start, 'test')
         which = load(runner, cfg, args.weights)
-        if args.out and args.out_item == 'pred' and not is_segmentation(cfg):
+        if args.out and args.out_item == 'pred' and not apis.is_segmentation(cfg):
             runner.test_evaluator.metrics.append(NamedResults(which, out_file_path=args.out))
         metrics = runner.test()
     if runner.rank == 0:

@@ -1,29 +1,23 @@
-"""Pretrain, fine-tune or train a segmentor: everything is in the config.
+"""Pretrain, fine-tune or train a segmentor, as the config defines.
 
     python tools/train.py CONFIG [--work-dir DIR] [--cfg-options key=value ...]
     tools/dist_train.sh CONFIG GPUS [the same flags]
 """
-import argparse
-import os
-
-from nepa_mm import apis  # the import makes `mmseg::` and `nepa_mm::` bases resolve
-from nepa_mm.apis.cfg_options import add_cfg_options
-from nepa_mm.apis.channels import check_channels
+from nepa_mm import apis  # registers the `mmseg::` and `nepa_mm::` config scopes
 
 TTA = ('tta_model', 'tta_pipeline')
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = apis.tool_parser(__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         '--resume', nargs='?', const='auto', metavar='PATH',
-        help='continue from this checkpoint; without PATH, or with "auto", from the newest one in '
-        'the work dir, or from the start if it has none (the default of our configs)')
+        help='resume from this checkpoint; without PATH, or with "auto", from the newest one in '
+        'the work dir, or start anew if it has none (the default of our configs)')
     start.add_argument(
         '--no-resume', dest='resume', action='store_false',
         help='start anew even if the work dir holds checkpoints')
@@ -34,25 +28,18 @@ def parse_args(argv=None):
     parser.add_argument(
         '--auto-scale-lr', action='store_true',
         help='lr x (processes x batch_size x accumulative_counts) / auto_scale_lr.base_batch_size')
-    add_cfg_options(parser)
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-        help='what started the processes; the shell scripts beside this file set it')
-    parser.add_argument(
-        '--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
+    apis.add_cfg_options(parser)
     parser.set_defaults(resume=None)
-    args = parser.parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return apis.parse_with_launcher(parser, argv)
 
 
 def merge_args(cfg, args):
-    """Apply the flags that only training has."""
+    """Apply the flags of this tool to the config."""
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
         cfg.optim_wrapper.type = 'BF16OptimWrapper'
-        for key in ('loss_scale', 'dtype'):  # what an AmpOptimWrapper of the config leaves behind
+        for key in ('loss_scale', 'dtype'):     # arguments of an AmpOptimWrapper in the config
             cfg.optim_wrapper.pop(key, None)
     if args.auto_scale_lr:
         cfg.auto_scale_lr = dict(cfg.get('auto_scale_lr') or {}, enable=True)
@@ -68,7 +55,7 @@ def main(argv=None):
             unread=dict.fromkeys(TTA, 'only tools/test.py --tta reads it'))
         merge_args(cfg, args)
         apis.check_data(cfg, 'train_dataloader', 'val_dataloader')
-        check_channels(cfg, 'train_dataloader', 'val_dataloader')
+        apis.check_channels(cfg, 'train_dataloader', 'val_dataloader')
         runner = apis.start_runner(cfg, start, 'train')
         runner.train()
     return runner

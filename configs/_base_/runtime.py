@@ -3,15 +3,15 @@ _base_ = ['mmpretrain::_base_/default_runtime.py']
 
 custom_imports = dict(imports=['nepa_mm'], allow_failed_imports=False)
 
-# raw weights and their average (decay 0.9999) are saved beside each other
+# checkpoints hold raw weights and EMA weights (decay 0.9999)
 custom_hooks = [dict(type='ModelEMAHook', momentum=1e-4)]
 default_hooks = dict(
-    runtime_info=dict(type='DeferredRuntimeInfoHook'),  # logging costs the same in every iteration
+    runtime_info=dict(type='DeferredRuntimeInfoHook'),  # constant logging cost per iteration
     checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=3),
     resume=dict(type='ExactResumeHook'),
     guard=dict(type='NonFiniteGuardHook'),
-    run_check=dict(type='RunCheckHook'),     # data, classes, schedule, weights: before step 1
-    unreadable=dict(type='UnreadableImageHook'))     # replaces samples without a label only
+    run_check=dict(type='RunCheckHook'),     # checks data, classes, schedule, weights before step 1
+    unreadable=dict(type='UnreadableImageHook'))     # replaces unlabelled samples only
 
 randomness = dict(seed=1337, diff_rank_seed=True)
 resume = True   # from the newest checkpoint in the work_dir; tools/train.py --no-resume starts anew

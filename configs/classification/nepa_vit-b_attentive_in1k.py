@@ -1,12 +1,12 @@
 """Attentive probe of NEPA, ViT-B/14, on ImageNet-1K, 90 epochs: attention pooling on frozen tokens.
 
-Paper:    none; it has no attentive probe.
+Paper:    none; the paper has no attentive probe.
 Expected: unknown, not run here.
 Cost:     90 epochs of forward passes.
 Command:  tools/dist_train.sh configs/classification/nepa_vit-b_attentive_in1k.py 8
 
-A learned query attends to all 257 tokens after the last block and the final norm; another block
-with --cfg-options model.backbone.out_indices=7. The protocol is ours: AdamW, lr 1e-3 at batch 1024.
+A learned query attends to all 257 tokens after the last block and the final norm. For another block
+use --cfg-options model.backbone.out_indices=7. The protocol is ours: AdamW, lr 1e-3 at batch 1024.
 """
 _base_ = ['./nepa_vit-b_linear_in1k.py']
 

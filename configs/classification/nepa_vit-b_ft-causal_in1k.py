@@ -5,8 +5,8 @@ Expected: unknown, not run here.
 Cost:     that of nepa_vit-b_ft_in1k.py.
 Command:  tools/dist_train.sh configs/classification/nepa_vit-b_ft-causal_in1k.py 8
 
-The row's 82.5 % were fine-tuned by the paper's recipe (nepa_vit-b_ft-paper-causal_in1k.py);
-for the released one with a causal mask no figure is published.
+The row's 82.5 % are from the paper's recipe (nepa_vit-b_ft-paper-causal_in1k.py). No figure is
+published for the released recipe with a causal mask.
 """
 _base_ = ['./nepa_vit-b_ft_in1k.py']
 

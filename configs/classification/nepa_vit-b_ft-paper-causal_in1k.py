@@ -5,7 +5,7 @@ Expected: 82.5 % top-1 (published). Not run here.
 Cost:     that of nepa_vit-b_ft-paper_in1k.py.
 Command:  tools/dist_train.sh configs/classification/nepa_vit-b_ft-paper-causal_in1k.py 8
 
-The causal mask of pretraining stays on; the last token, which sees all others, is read.
+The causal mask of pretraining stays on. The head reads the last token, which attends to all tokens.
 """
 _base_ = ['./nepa_vit-b_ft-paper_in1k.py']
 

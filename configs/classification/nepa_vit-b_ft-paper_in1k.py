@@ -7,10 +7,10 @@ Command:  tools/dist_train.sh configs/classification/nepa_vit-b_ft-paper_in1k.py
 Starts from work_dirs/nepa_vit-b_swiglu/epoch_1600.pth, the paper's network.
 
 Layer decay rises linearly from 0.35 to 1 over the run, after 5 epochs of warmup for all layers.
-The last token is read, without a further norm. Random erasing is not in Table 5 and off.
-QK-norm has no parameters. Not in the paper, and taken from the released code: gradient clip 1.0,
-RoPE rescale in training, evaluation at 256 / 224. Reading the last token of a bidirectional
-network is what the text says; the released models read the mean of the patches.
+The head reads the last token, without another norm. Random erasing is off; it is not in Table 5.
+QK-norm has no parameters. Not in the paper, taken from the released code: gradient clip 1.0, RoPE
+rescale in training, evaluation at 256 / 224. The paper's text reads the last token even in a
+bidirectional network; the released models read the mean of the patches.
 """
 _base_ = ['./nepa_vit-b_ft_in1k.py']
 

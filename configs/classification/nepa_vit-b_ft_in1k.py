@@ -6,16 +6,16 @@ Cost:     100 epochs at batch 1024, bidirectional attention over 257 tokens.
 Command:  tools/dist_train.sh configs/classification/nepa_vit-b_ft_in1k.py 8
 Starts from work_dirs/nepa_vit-b/epoch_1600.pth. For another checkpoint:
           --cfg-options model.backbone.init_cfg.checkpoint=FILE
-          and model.backbone.init_cfg.weights=raw for the raw weights instead of the average.
+          and model.backbone.init_cfg.weights=raw for the raw weights instead of the EMA weights.
 
-Reads the mean of the patches, through a new LayerNorm. Layer decay is 0.65 throughout; the top
-layers start at full rate, the bottom ones warm up over 20 of the 100 epochs. The classifier and
-the final norm learn at 1e-3, whatever the batch. Evaluation: shorter side to 256, centre 224.
+The head reads the mean of the patches through a new LayerNorm. Layer decay is constant at 0.65. The
+top layers start at the full rate; the bottom ones warm up over 20 of the 100 epochs. The classifier
+and the final norm use lr 1e-3 for every batch size. Evaluation: shorter side 256, centre crop 224.
 
-Paper and released code differ; this file follows the code. The paper's Table 5 (decay that rises
-from 0.35 to 1, 5 epochs of warmup, last token) is nepa_vit-b_ft-paper_in1k.py. Table 8 gives 83.0
-for a constant 0.65 without saying how it warms up. Which weights, raw or averaged, the authors
-start from is not known; here the average.
+Paper and released code differ; this file follows the code. The paper's Table 5 (decay rising from
+0.35 to 1, 5 epochs of warmup, last token) is nepa_vit-b_ft-paper_in1k.py. Table 8 reports 83.0 for
+a constant 0.65 without describing the warmup. It is unknown whether the authors start from raw or
+EMA weights; here from the EMA weights.
 """
 _base_ = [
     '../_base_/models/nepa_vit-b_cls.py',
@@ -24,6 +24,6 @@ _base_ = [
     '../_base_/schedules/finetune_bs1024_100e.py',
 ]
 
-# both sets of weights are evaluated; the best average is kept
+# both sets of weights are evaluated; the checkpoint with the best EMA weights is kept
 custom_hooks = [dict(type='ModelEMAHook', momentum=1e-4, evaluate_on_origin=True)]
 default_hooks = dict(checkpoint=dict(save_best='accuracy/top1', rule='greater'))

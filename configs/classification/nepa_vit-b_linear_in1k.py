@@ -10,10 +10,10 @@ Reads the mean of the patches after the last block and the final norm, with the 
 pretraining. Another feature:
   --cfg-options model.backbone.out_type=last_token        the last patch
   --cfg-options model.backbone.out_indices=7              another block, from 0
-The last block's output is made to resemble the next embedding and is shallow by construction;
-figures near 84 % that circulate for NEPA come from fine-tuned weights.
+The last block's output is trained to resemble the next embedding and is shallow by construction.
+Figures near 84 % quoted for NEPA come from fine-tuned weights.
 
-The protocol is not stated in the paper; this one is MAE's, from mmpretrain: LARS, batch 16384 =
+The paper does not state the protocol; this one is MAE's, from mmpretrain: LARS, batch 16384 =
 8 GPUs x 2048, lr 6.4, no weight decay, BatchNorm without parameters before the classifier.
 """
 _base_ = ['./nepa_vit-b_ft_in1k.py']

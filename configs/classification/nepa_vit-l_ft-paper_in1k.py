@@ -6,7 +6,7 @@ Cost:     50 epochs at batch 1024.
 Command:  tools/dist_train.sh configs/classification/nepa_vit-l_ft-paper_in1k.py 8
 Starts from work_dirs/nepa_vit-l_swiglu/epoch_800.pth, the paper's network.
 
-As nepa_vit-b_ft-paper_in1k.py, with layer decay rising from 0.60, drop path 0.2 and 50 epochs.
+Like nepa_vit-b_ft-paper_in1k.py, but layer decay rises from 0.60, drop path is 0.2, 50 epochs.
 """
 _base_ = ['./nepa_vit-b_ft-paper_in1k.py']
 

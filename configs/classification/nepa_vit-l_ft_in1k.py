@@ -4,10 +4,10 @@ Paper:    arXiv 2512.16922, Table 2 (result); the recipe is the released code's.
 Expected: 85.40 % top-1 (published, released weights; paper, Table 2: 85.3). Not run here.
 Cost:     100 epochs at batch 1024, bidirectional attention over 257 tokens.
 Command:  tools/dist_train.sh configs/classification/nepa_vit-l_ft_in1k.py 8
-Starts from work_dirs/nepa_vit-l/epoch_1600.pth; see nepa_vit-b_ft_in1k.py for others.
+Starts from work_dirs/nepa_vit-l/epoch_1600.pth; see nepa_vit-b_ft_in1k.py for another checkpoint.
 
-Differs from nepa_vit-b_ft_in1k.py in: lr 4e-3, layer decay 0.75, warmup over up to 30 epochs, drop
-path 0.2, and evaluation at 235 x 235 pixels without keeping the aspect, centre 224.
+Differences from nepa_vit-b_ft_in1k.py: lr 4e-3, layer decay 0.75, warmup over up to 30 epochs, drop
+path 0.2, and evaluation at 235 x 235 pixels without keeping the aspect ratio, centre crop 224.
 The paper trains L for 50 epochs (nepa_vit-l_ft-paper_in1k.py).
 """
 _base_ = ['./nepa_vit-b_ft_in1k.py']

@@ -7,8 +7,8 @@ Command:  python tools/train.py configs/classification/nepa_vit-s_ft_imagenette.
 Starts from work_dirs/nepa_vit-s_imagenette/epoch_1600.pth.
 
 Data: the full-size Imagenette, unpacked to data/imagenette2/{train,val}/<wnid>/*.JPEG.
-The released recipe of nepa_vit-b_ft_in1k.py at batch 128 with the same lr rule; translations are
-up to 0.45 of the image as at 224 px, the average is shorter (decay 0.999).
+The released recipe of nepa_vit-b_ft_in1k.py at batch 128 with the same lr rule. Translations are
+up to 0.45 of the image, as at 224 px. The EMA is faster (decay 0.999).
 """
 _base_ = ['./nepa_vit-b_ft_in1k.py']
 

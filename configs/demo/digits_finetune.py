@@ -3,9 +3,9 @@
 Command:  python tools/train.py configs/demo/digits_finetune.py
 From scratch, with the same recipe:  --cfg-options model.backbone.init_cfg=None
 
-As on ImageNet the patch embedding is frozen, lower blocks learn more slowly, and a new
-LayerNorm and a zero-initialised classifier read the mean of the patches. The attention
-stays causal: with so few steps both starts do better than with the mask off.
+As on ImageNet, the patch embedding is frozen, lower blocks learn more slowly, and a new LayerNorm
+and a zero-initialised classifier read the mean of the patches. Attention stays causal: with so few
+steps, runs with and without pretraining are better than with the mask off.
 """
 _base_ = ['./digits_pretrain.py']
 

@@ -2,9 +2,9 @@
 
 Command:  python tools/train.py configs/demo/digits_linear.py
 
-Reads the mean of the patches after the first block. The last block's output is made to
-resemble the next patch's embedding and is shallow by construction (paper, Table 6), so on the
-digits, too, it is the worst of the four.
+Reads the mean of the patches after the first block. The last block's output is trained to resemble
+the next patch's embedding and is shallow by construction (paper, Table 6). On the digits, too, it
+is the worst of the four blocks.
 """
 _base_ = ['./digits_finetune.py']
 

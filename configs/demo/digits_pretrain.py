@@ -3,8 +3,8 @@
 Command:  python tools/train.py configs/demo/digits_pretrain.py
 
 ImageNet's recipe with a small network (0.45 M parameters) on images of 16 x 16 pixels in 4 x 4
-patches. Digits must not be flipped. A short run wants a faster average (decay 0.99), a larger
-learning rate than lr = 3e-4 x batch / 256 gives, and LayerScale that starts at 0.1.
+patches. Digits must not be flipped. A short run needs a faster EMA (decay 0.99), a larger learning
+rate than 3e-4 x batch / 256, and LayerScale starting at 0.1.
 """
 _base_ = [
     '../_base_/models/nepa_vit-b.py',
@@ -29,7 +29,7 @@ train_dataloader = dict(
         type='Digits',
         split='train',
         pipeline=[
-            # crops at fractions of the digits' own pixels
+            # allows crops at fractions of the original pixels
             dict(type='Resize', scale=(32, 32), interpolation='bilinear', backend='pillow'),
             dict(
                 type='RandomResizedCrop',

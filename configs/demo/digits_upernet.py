@@ -4,10 +4,10 @@ Data:     python demo/make_digit_scenes.py
 Command:  python tools/train.py configs/demo/digits_upernet.py
 From scratch, with the same recipe:  --cfg-options model.backbone.init_cfg=None
 
-ADE20K's recipe with the small network of the demo, on 100 scenes of 32 pixels. As patches have 4
-pixels, the pyramid starts at twice their resolution, not four times. Such a short run wants a
-large learning rate without layer decay and drop path, a patch embedding that learns, too, the
-attention as pretrained, and the full auxiliary loss on the last block.
+ADE20K's recipe with the small network of the demo, on 100 scenes of 32 pixels. Patches have 4
+pixels, so the pyramid starts at twice their resolution instead of four times. Such a short run
+needs a large learning rate without layer decay and drop path, a trained patch embedding, the
+attention of pretraining, and the full auxiliary loss on the last block.
 """
 _base_ = ['../segmentation/nepa_vit-b_upernet_160k_ade20k-512x512.py']
 
@@ -34,7 +34,7 @@ model = dict(
     test_cfg=dict(_delete_=True, mode='whole'))
 
 train_pipeline = [
-    dict(type='LoadImageFromFile', _scope_='nepa_mm'),      # LoadImageWithPillow
+    dict(type='LoadImageFromFile', _scope_='nepa_mm'),      # resolves to LoadImageWithPillow
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]

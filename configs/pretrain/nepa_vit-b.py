@@ -7,13 +7,13 @@ Expected: 83.75 % top-1 after fine-tuning (published, released GELU weights); pa
 Cost:     about 3 days on 8 H100 (published, for the reference code).
 Command:  tools/dist_train.sh configs/pretrain/nepa_vit-b.py 8
 
-The batch is 8 GPUs x 256 x 2 accumulated steps = 4096. With other numbers keep the product by
---cfg-options optim_wrapper.accumulative_counts=..., or let --auto-scale-lr adapt the lr.
+The batch is 8 GPUs x 256 x 2 accumulated steps = 4096. With other numbers keep the product with
+--cfg-options optim_wrapper.accumulative_counts=..., or adapt the lr with --auto-scale-lr.
 
-Paper and released code differ; this file follows the code, which has the weights:
-- MLP: the paper's is SwiGLU, the code's GELU (nepa_vit-b_swiglu.py is the paper's);
-- the code clips gradients at norm 1.0 and prepends a class token, the paper mentions neither;
-- the paper's text adds learnable position embeddings, the code has RoPE only.
+Paper and released code differ; this file follows the code, which matches the released weights:
+- MLP: SwiGLU in the paper, GELU in the code (nepa_vit-b_swiglu.py follows the paper);
+- the code clips gradients at norm 1.0 and prepends a class token; the paper mentions neither;
+- the paper's text adds learnable position embeddings; the code has RoPE only.
 """
 _base_ = [
     '../_base_/models/nepa_vit-b.py',
@@ -22,10 +22,10 @@ _base_ = [
     '../_base_/runtime.py',
 ]
 
-# what the loss does not tell, collapse and copying, and the speed
+# report collapse and copying, which the loss does not show, and the speed
 custom_hooks = [
     *_base_.custom_hooks,
     dict(type='NEPAMonitorHook', interval=100),
     dict(type='ThroughputHook', interval=100),
 ]
-default_hooks = dict(unreadable=dict(replace_labelled=True))     # no label is read here
+default_hooks = dict(unreadable=dict(replace_labelled=True))     # pretraining reads no label

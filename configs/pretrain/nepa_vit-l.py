@@ -6,9 +6,9 @@ Expected: 85.40 % top-1 after fine-tuning (published, released GELU weights); pa
 Cost:     about 5 days on 8 H100 for the paper's 800 epochs (published, for the reference code).
 Command:  tools/dist_train.sh configs/pretrain/nepa_vit-l.py 8
 
-Differs from nepa_vit-b.py in size, in QK-norm, which has a weight here in the released config
-(the paper's has none), and in how 4096 images are split: 8 GPUs x 128 x 4 accumulated steps.
-The paper trains 800 epochs, the released script 1600; nepa_vit-l_swiglu.py is the paper's.
+Differences from nepa_vit-b.py: the size; QK-norm has a weight in the released config (none in the
+paper); the 4096 images are 8 GPUs x 128 x 4 accumulated steps. The paper trains 800 epochs, the
+released script 1600; nepa_vit-l_swiglu.py follows the paper.
 """
 _base_ = ['./nepa_vit-b.py']
 

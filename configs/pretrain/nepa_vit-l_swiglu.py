@@ -6,8 +6,8 @@ Expected: 85.3 % top-1 after bidirectional, 84.1 % after causal fine-tuning (pub
 Cost:     about 5 days on 8 H100 (published, for the reference code).
 Command:  tools/dist_train.sh configs/pretrain/nepa_vit-l_swiglu.py 8
 
-QK-norm has no parameters, as the paper says. The width of the gated MLP is not in the paper; see
-nepa_vit-b_swiglu.py. The warmup stays at 40 epochs (Table 4).
+QK-norm has no parameters, as in the paper. The paper does not state the width of the gated MLP; see
+nepa_vit-b_swiglu.py. The warmup is 40 epochs (Table 4).
 """
 _base_ = ['./nepa_vit-l.py']
 

@@ -7,9 +7,9 @@ Command:  python tools/train.py configs/pretrain/nepa_vit-s_imagenette.py
 
 Data: the full-size Imagenette, unpacked to data/imagenette2/{train,val}/<wnid>/*.JPEG.
 
-Differs from nepa_vit-s.py in: 160 px in 10 x 10 patches of 16 px; batch 256 with the same lr rule;
-a shorter average (decay 0.999), because a run has 59,200 updates instead of 500,800; weight
-and learning-rate schedules keep their shape. LayerScale starts at 0.1: 1e-5 is made for long runs.
+Differences from nepa_vit-s.py: 160 px in 10 x 10 patches of 16 px; batch 256 with the same lr rule;
+a faster EMA (decay 0.999), because a run has 59,200 updates instead of 500,800; LayerScale starts
+at 0.1, because 1e-5 suits long runs. Weight decay and learning-rate schedules keep their shape.
 """
 _base_ = ['./nepa_vit-s.py']
 

@@ -2,16 +2,16 @@
 
 Paper:    none; the paper has no such figure.
 Expected: unknown, not run here.
-Cost:     40k iterations at batch 16, of which the backbone's are forward passes.
+Cost:     40k iterations at batch 16; the backbone runs forward only.
 Command:  tools/dist_train.sh configs/segmentation/nepa_vit-b_linear_40k_ade20k-512x512.py 8
-Starts from work_dirs/nepa_vit-b/epoch_1600.pth; another checkpoint by
+Starts from work_dirs/nepa_vit-b/epoch_1600.pth; another checkpoint:
           --cfg-options model.backbone.init_cfg.checkpoint=FILE
 
-Batch normalisation and one 1 x 1 convolution read the four blocks of the UPerNet config side by
-side: the last block alone is made to resemble the next embedding and is shallow by construction
-(paper, Table 6). The causal mask stays, because the frozen weights know nothing else.
+Batch normalisation and one 1 x 1 convolution read the concatenated four blocks of the UPerNet
+config. The last block alone is trained to resemble the next embedding and is shallow by
+construction (paper, Table 6). The causal mask stays on: the frozen weights were trained with it.
 
-Not stated in the paper, and taken from DINOv2's linear segmentation: AdamW with lr 1e-3, betas 0.9
+Not stated in the paper, taken from DINOv2's linear segmentation: AdamW with lr 1e-3, betas 0.9
 and 0.999 and weight decay 1e-4, 1500 iterations of warmup, then linear decay to 0, 40k iterations
 at batch 16.
 """

@@ -7,25 +7,27 @@ Command:  tools/dist_train.sh configs/segmentation/nepa_vit-b_upernet_160k_ade20
           with ADE20K in data/ade/ADEChallengeData2016 (images/ and annotations/).
 Starts from work_dirs/nepa_vit-b/epoch_1600.pth. For another checkpoint, ours or converted:
           --cfg-options model.backbone.init_cfg.checkpoint=FILE
-          and model.backbone.init_cfg.weights=raw for the raw weights instead of the average.
+          and model.backbone.init_cfg.weights=raw for the raw weights instead of the EMA weights.
 
 Stated in the paper: UPerNet on several intermediate blocks, crop 512, batch 16 (here 8 GPUs x 2),
 160k iterations, causal mask off, pixel cross-entropy. No code for it was published.
 
-Not stated in the paper, and taken from mmseg's MAE-B (48.1 mIoU, configs/mae): AdamW with lr
+Not stated in the paper, taken from mmseg's MAE-B (48.1 mIoU, configs/mae): AdamW with lr
 1e-4, betas 0.9 and 0.999 and weight decay 0.05; 1500 iterations of warmup, then linear decay to 0;
 layer decay 0.65; drop path 0.1; blocks 3, 5, 7 and 11, without the final norm, at scales 4, 2, 1
 and 0.5; 768 channels in the decoder; the auxiliary head; sliding windows of 512 with stride 341;
-one scale; no gradient clipping and no average of the weights.
-Not stated in the paper, and taken from NEPA's fine-tuning on ImageNet: mean and std 0.5; frozen
+one scale; no gradient clipping and no EMA.
+
+Not stated in the paper, taken from NEPA's fine-tuning on ImageNet: mean and std 0.5; frozen
 patch embedding (paper, Table 1d: 77.4 instead of 73.1 top-1); rescaled RoPE coordinates in
-training; QK-norm with a weight; bf16; layer decay that leaves the last block at the full rate,
-where mmseg's constructor, and so MAE-B, multiplies every block by one more 0.65.
-Not stated in the paper, ours: 512 is not a multiple of 14, so crops are resized to 518; patch_rule
-in nepa_mm/models/segmentors.py has the alternatives.
+training; QK-norm with a weight; bf16; layer decay with the full rate in the last block, whereas
+mmseg's constructor, used by MAE-B, multiplies every block by another 0.65.
+
+Not stated in the paper, our choice: 512 is not a multiple of 14, so crops are resized to 518. See
+patch_rule in nepa_mm/models/segmentors.py for alternatives.
 """
 _base_ = [
-    # the import tells mmengine where mmseg is, in OpenMMLab's own tools, too
+    # registers `mmseg::` in mmengine, also with OpenMMLab's own tools
     __import__('nepa_mm') and 'mmseg::_base_/models/upernet_mae.py',
     'mmseg::_base_/datasets/ade20k.py',
     'mmseg::_base_/default_runtime.py',
@@ -44,7 +46,7 @@ model = dict(
         arch='base',
         patch_size=14,
         causal=False,
-        qk_norm='affine',       # starts at one: no change against a checkpoint without it
+        qk_norm='affine',       # initialised to one: no effect on a checkpoint without it
         layer_scale_init_value=1e-5,
         rope_rescale=2.,
         drop_path_rate=0.1,
@@ -56,12 +58,12 @@ model = dict(
             type='Pretrained',
             checkpoint='work_dirs/nepa_vit-b/epoch_1600.pth',
             prefix='backbone.')),
-    neck=dict(embed_dim=768, norm_cfg=dict(type='SyncBN')),     # stated, so that tools find it
+    neck=dict(embed_dim=768, norm_cfg=dict(type='SyncBN')),     # explicit, so that tools find it
     decode_head=dict(in_channels=[768] * 4, channels=768, num_classes=150),
     auxiliary_head=dict(in_channels=768, num_classes=150),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
 
-# one reader of images, under the name that mmseg's inferencer looks for: LoadImageWithPillow
+# resolves to LoadImageWithPillow; mmseg's inferencer needs this name
 load_image = dict(type='LoadImageFromFile', _scope_='nepa_mm')
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
 tta_pipeline = _base_.tta_pipeline
@@ -72,7 +74,7 @@ train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# mmseg's scales are fractions of the file's size; here, as published figures have it, of 512
+# mmseg's scales are relative to the size of the file; here to 512, as for published figures
 tta_pipeline[1].transforms[0] = [
     dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
     for ratio in _base_.img_ratios]

@@ -5,11 +5,11 @@ Expected: 54.0 mIoU (published; whether single- or multi-scale is not stated). N
 Cost:     160k iterations at batch 16, 1370 tokens per crop.
 Command:  tools/dist_train.sh configs/segmentation/nepa_vit-l_upernet_160k_ade20k-512x512.py 8
 Starts from work_dirs/nepa_vit-l/epoch_1600.pth; see nepa_vit-b_upernet_160k_ade20k-512x512.py for
-others.
+another checkpoint.
 
-Differs from it in what the paper does not state for L either, taken from mmseg's BEiT-L
-(configs/beit): lr 2e-5, layer decay 0.95, drop path 0.2, blocks 7, 11, 15 and 23, and 1024 channels
-in the decoder. BEiT-L's 640 pixels and 3000 iterations of warmup are not taken over.
+Differences from that config, not stated in the paper and taken from mmseg's BEiT-L (configs/beit):
+lr 2e-5, layer decay 0.95, drop path 0.2, blocks 7, 11, 15 and 23, and 1024 channels in the decoder.
+BEiT-L's 640 pixels and 3000 iterations of warmup are not used.
 """
 _base_ = ['./nepa_vit-b_upernet_160k_ade20k-512x512.py']
 

@@ -1,52 +1,57 @@
-"""How many channels the images of a config have, and whether its network takes them."""
+"""Match the channels of a config's images with the network."""
+from collections.abc import Mapping
+
+from mmengine.config import Config
+
 from nepa_mm.datasets.images import check_color_type
 from nepa_mm.models.vit import NEPAViT
 from nepa_mm.utils.nested import dicts
 
-LOADERS = ('LoadImageWithPillow', 'LoadImageFromFile', 'LoadRandomResizedCrop', 'PackEncodedCrop')
+READERS = ('LoadImageWithPillow', 'LoadImageFromFile', 'LoadRandomResizedCrop', 'PackEncodedCrop')
 CHANNELS = dict(color=3, grayscale=1)       # of a color_type
 COLOUR_ONLY = ('TimmRandAugment', 'PhotoMetricDistortion')
 
 
-def kind(node):
-    """The class that a dict of a config names, without its scope or module."""
+def type_name(node: Mapping) -> str:
+    """Return the ``type`` of a dict of a config without its scope or module."""
     return str(node.get('type')).rpartition('.')[2]
 
 
-def in_channels(cfg):
-    """Channels of the images that a config's network takes."""
-    nodes = [node for node in dicts(cfg.get('model') or {}) if kind(node) == NEPAViT.__name__]
+def in_channels(cfg: Config) -> int:
+    """Return ``in_channels`` of the config's backbone; 3 without a NEPAViT."""
+    nodes = [node for node in dicts(cfg.get('model') or {}) if type_name(node) == NEPAViT.__name__]
     return nodes[0].get('in_channels', 3) if nodes else 3
 
 
-def preprocessing(cfg):
-    """Config of the data preprocessor: the model's, or else the one that stands beside it."""
+def preprocessor_settings(cfg: Config) -> dict:
+    """Return the config of the data preprocessor: the model's, else the top-level one."""
     for node in [*dicts(cfg.get('model') or {}), cfg]:
         if node.get('data_preprocessor'):
             return node['data_preprocessor']
     return {}
 
 
-def color_type(cfg, *loaders):
-    """The ``color_type`` by which dataloaders of a config read files.
+def color_type(cfg: Config, *loaders: str) -> str:
+    """Return the ``color_type`` of the first of the dataloaders that reads files.
 
     Args:
         cfg (Config): The config.
-        loaders (str): Names of dataloaders; the first that reads files counts.
+        loaders (str): Names of dataloaders.
 
     Returns:
-        str: 'color', 'grayscale' or 'unchanged'; what fits ``in_channels`` if none reads files.
+        str: 'color', 'grayscale' or 'unchanged'. If none reads files, the one that matches
+        ``in_channels``.
     """
     for name in loaders:
         for node in dicts(cfg.get(name) or {}):
-            if kind(node) in LOADERS:
+            if type_name(node) in READERS:
                 return node.get('color_type', 'color')
     names = {channels: name for name, channels in CHANNELS.items()}
     return names.get(in_channels(cfg), 'unchanged')
 
 
-def check_channels(cfg, *loaders):
-    """Refuse what would give the network images of another number of channels.
+def check_channels(cfg: Config, *loaders: str) -> None:
+    """Reject pipelines that do not yield as many channels as the network needs.
 
     Args:
         cfg (Config): The config.
@@ -54,10 +59,10 @@ def check_channels(cfg, *loaders):
 
     Raises:
         ValueError: ``in_channels`` of the backbone, ``color_type`` of a pipeline, and ``mean`` and
-            ``std`` of the data preprocessor do not fit each other, or a step of a pipeline cannot
-            work on as many channels.
+            ``std`` of the data preprocessor do not match, or a step of a pipeline does not support
+            that number of channels.
     """
-    wanted, settings = in_channels(cfg), preprocessing(cfg)
+    wanted, settings = in_channels(cfg), preprocessor_settings(cfg)
     for key in ('mean', 'std'):
         values = settings.get(key)
         if values is not None and len(values) not in (1, wanted):
@@ -66,7 +71,7 @@ def check_channels(cfg, *loaders):
     normalised = len(settings.get('mean') or [0])
     for name in loaders:
         for node in dicts(cfg.get(name) or {}):
-            if kind(node) in LOADERS:
+            if type_name(node) in READERS:
                 given = check_color_type(node.get('color_type', 'color'))
                 found = max(CHANNELS.get(given, wanted), normalised)
                 if found != wanted:
@@ -74,12 +79,12 @@ def check_channels(cfg, *loaders):
                     raise ValueError(
                         f"{name} reads {found} channel{'s' * (found > 1)} (color_type={given!r}), "
                         f"but the backbone's in_channels={wanted}; set color_type of its "
-                        f"{kind(node)} to {names.get(wanted, repr('unchanged'))}.")
+                        f"{type_name(node)} to {names.get(wanted, repr('unchanged'))}.")
             elif wanted not in (1, 3) and node.get('backend') == 'pillow':
                 raise ValueError(
-                    f"{name}: {kind(node)} with backend='pillow' knows 1 and 3 channels, but the "
-                    f"backbone's in_channels={wanted}; set backend='cv2', or use "
+                    f"{name}: {type_name(node)} with backend='pillow' supports 1 and 3 channels, "
+                    f"but the backbone's in_channels={wanted}; set backend='cv2', or use "
                     'LoadRandomResizedCrop.')
-            elif wanted not in (1, 3) and kind(node) in COLOUR_ONLY:
-                raise ValueError(f'{name}: {kind(node)} knows 1 and 3 channels, but the '
-                                 f"backbone's in_channels={wanted}; take it out.")
+            elif wanted not in (1, 3) and type_name(node) in COLOUR_ONLY:
+                raise ValueError(f'{name}: {type_name(node)} supports 1 and 3 channels, but the '
+                                 f"backbone's in_channels={wanted}; remove it.")

@@ -1,5 +1,6 @@
-"""Reading a config, and what a run starts from."""
+"""Read a config and decide what a run starts from."""
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mmengine.config import Config
@@ -12,58 +13,64 @@ from nepa_mm.utils.outputs import free_path
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
-def load_config(path, cfg_options=None, work_dir=None, launcher='none', reads=None, unread=()):
-    """Read a config file and merge what every tool's command line can change.
+def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
+                work_dir: str | None = None, launcher: str = 'none',
+                reads: Iterable[str] | None = None, unread: Mapping[str, str] | None = None
+                ) -> Config:
+    """Read a config file and merge the command-line settings that all tools share.
 
     Args:
-        path (str): The config file.
-        cfg_options (dict, optional): ``--cfg-options``; wins over the file.
-        work_dir (str, optional): ``--work-dir``; wins over the file, which wins over the default
+        path (str | Path): The config file.
+        cfg_options (dict, optional): ``--cfg-options``; overrides the file.
+        work_dir (str, optional): ``--work-dir``; overrides the file. Without both, ``work_dir`` is
             ``work_dirs/<name of the config>``.
         launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
-        reads, unread: Which options the tool reads, see
-            :func:`nepa_mm.apis.cfg_options.merge_options`. Default to what a Runner reads.
+        reads, unread: See :func:`nepa_mm.apis.cfg_options.merge_options`.
 
     Returns:
         Config: The merged config.
 
     Raises:
-        FileNotFoundError: If the file, or a base of it, does not exist.
-        ValueError: If an option has no effect.
+        FileNotFoundError: The file, or one of its bases, does not exist.
+        ValueError: An option has no effect.
     """
     cfg = Config.fromfile(path)
     flags = dict(launcher='use the flag --launcher')
     if work_dir:
         flags['work_dir'] = f'--work-dir {work_dir} is given as well'
-    merge_options(cfg, cfg_options or {}, reads, {**flags, **dict(unread)})
+    merge_options(cfg, cfg_options or {}, reads, {**flags, **(unread or {})})
     name = os.path.splitext(os.path.basename(path))[0]
     cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', name)
     cfg.launcher = launcher
     return cfg
 
 
-def resolve_resume(cfg, resume=None):
-    """Decide what training starts from, and check that those files are there.
+def is_segmentation(cfg: Config) -> bool:
+    """Return whether a config belongs to mmseg."""
+    return cfg.get('default_scope') == 'mmseg'
 
-    Our configs resume by default. mmengine takes ``load_from`` of a resuming run for the
-    checkpoint to resume, so a run that only starts from those weights would inherit their epoch
-    and optimizer. Here ``load_from`` means weights, used as long as ``work_dir`` holds no
-    checkpoint of the run itself.
+
+def resolve_resume(cfg: Config, resume: str | bool | None = None) -> None:
+    """Decide what training starts from, and check that those files exist.
+
+    Our configs resume by default. mmengine resumes from ``load_from`` if ``resume`` is set, so a
+    run that only starts from those weights would inherit their epoch and optimizer. Here
+    ``load_from`` means weights, used until ``work_dir`` holds a checkpoint of the run itself.
 
     Args:
         cfg (Config): Changed in place (``resume`` and ``load_from``).
-        resume (str | bool, optional): 'auto': from the newest checkpoint in ``work_dir``, or from
-            the start if there is none; a path: from that checkpoint; False: never; None: as the
-            config says. Defaults to None.
+        resume (str | bool, optional): 'auto' resumes from the newest checkpoint in ``work_dir``, or
+            starts anew if there is none; a path resumes from that checkpoint; False never resumes;
+            None follows the config. Defaults to None.
 
     Raises:
-        FileNotFoundError: If a checkpoint to resume or to load (``load_from``, or an ``init_cfg``
-            of type 'Pretrained') does not exist.
+        FileNotFoundError: A checkpoint to resume or to load (``load_from``, or an ``init_cfg`` of
+            type 'Pretrained') does not exist.
     """
     for node in dicts(cfg.get('model')):
         if node.get('type') == 'Pretrained':
             check_checkpoint(node['checkpoint'], "init_cfg of type 'Pretrained'")
-    if resume:      # asked for, so another experiment is meant
+    if resume:      # an explicit --resume may cross experiments
         hooks = cfg.setdefault('default_hooks', {})
         hooks.run_check = dict(hooks.get('run_check') or dict(type='RunCheckHook'),
                                other_experiment='warn')
@@ -81,29 +88,33 @@ def resolve_resume(cfg, resume=None):
             cfg.resume = False
 
 
-def check_checkpoint(path, what):
-    """Refuse a checkpoint that does not exist; addresses (``https://``) are left alone.
+def check_checkpoint(path: str, given_as: str) -> None:
+    """Reject a checkpoint that does not exist; URLs (``https://``) are not checked.
 
     Raises:
-        FileNotFoundError: If ``path`` is no file and no folder; the message names ``what`` asked
-            for it.
+        FileNotFoundError: ``path`` is neither a file nor a folder; the message names ``given_as``,
+            the option that holds the path.
     """
     if '://' not in path and not os.path.exists(path):
-        raise FileNotFoundError(f'no checkpoint file {path!r}, which was given as {what}.')
+        raise FileNotFoundError(f'no checkpoint file {path!r}, which was given as {given_as}.')
 
 
-def spare_config(cfg):
-    """Let the copy of a config that a Runner writes not take the place of the config itself."""
+def keep_config_file(cfg: Config) -> None:
+    """Rename the copy of the config that a Runner writes if it would overwrite the original."""
     file, copy = Path(cfg.filename or ''), Path(cfg.work_dir) / Path(cfg.filename or '').name
     if copy.is_file() and copy.samefile(file) and cfg.pretty_text != file.read_text():
         object.__setattr__(cfg, '_filename', str(free_path(copy)))
 
 
-def check_complete(cfg, stage):
-    """Refuse half of what a stage needs; mmengine would print the other half.
+def check_complete(cfg: Config, stage: str) -> None:
+    """Reject an incomplete stage; mmengine's message would print the keys that are present.
+
+    Args:
+        cfg (Config): The config.
+        stage (str): 'train' or 'test'.
 
     Raises:
-        ValueError: The sentence says what is missing.
+        ValueError: The message names the missing keys.
     """
     if not isinstance(cfg.get('model'), dict):
         raise ValueError('The config has no model.')
@@ -114,8 +125,7 @@ def check_complete(cfg, stage):
         missing = [key for key in keys if cfg.get(key) is None]
         if missing and (name == stage or len(missing) < 3):
             raise ValueError(f'The config has no {" and no ".join(missing)}; a run that '
-                             f'{dict(val="validate", test="test").get(name, name)}s needs '
-                             f'{", ".join(keys)}.')
+                             f'{dict(val="validate").get(name, name)}s needs {", ".join(keys)}.')
     for name in LOADERS:
         if cfg.get(name) and not isinstance(cfg[name].get('dataset'), dict):
             raise ValueError(f'{name}.dataset must be a dict, got {cfg[name].get("dataset")!r}.')

@@ -1,47 +1,15 @@
-"""Data sets looked at before anything is built: folders and annotation files."""
+"""Check the folders and annotation files of data sets before anything is built."""
 import os
 
+from mmengine.config import Config
 from mmengine.fileio import list_from_file
 
+from nepa_mm.apis.channels import type_name
 from nepa_mm.datasets.images import IMAGE_SUFFIXES
 from nepa_mm.utils.nested import dicts
 
-SHOWN = 1000    # images of a file whose existence is checked, for a network's disk is slow
-
-
-def check_annotations(path, folder, labelled, whose):
-    """Refuse lines that are no ``IMAGE LABEL``, and images that are not there.
-
-    Args:
-        path (str): The file, on a local disk.
-        folder (str): What its images are relative to.
-        labelled (bool): Whether lines end with a label.
-        whose (str): What messages call the data set.
-
-    Raises:
-        ValueError: A line is no image and an integer, or there is none.
-        FileNotFoundError: An image does not exist; a thousand of them, spread evenly, are tried.
-    """
-    lines = list_from_file(path)
-    if not lines:
-        raise ValueError(f'{whose}: {path} is empty; its lines are an image'
-                         f'{" and its label" * labelled} each.')
-    images = lines
-    if labelled:
-        images = []
-        for number, line in enumerate(lines, 1):
-            image, _, label = line.strip().rpartition(' ')
-            if not image or not label.lstrip('-').isdigit():
-                raise ValueError(f'{whose}: line {number} of {path} is {line!r}; expected is an '
-                                 'image, a blank and the number of its class.')
-            images.append(image)
-    for image in images[::len(images) // SHOWN + 1]:
-        image = os.path.join(folder, image)
-        if '://' not in image and not os.path.isfile(image):
-            raise FileNotFoundError(f'{whose}: there is no image {image}, which {path} names.')
-
-
-# The layouts of the data sets in our configs, below `data_root`.
+MAX_TRIED = 1000    # images whose existence is checked per annotation file; network disks are slow
+# Expected layouts of the data sets in our configs, below `data_root`.
 LAYOUTS = dict(
     ImageNet='{root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG',
     CustomDataset='folders of images, one per class',
@@ -49,22 +17,22 @@ LAYOUTS = dict(
                   '{root}/annotations/{{training,validation}}/*.png')
 
 
-def check_data(cfg, *loaders):
-    """Refuse data sets whose folders are missing or hold no image.
+def check_data(cfg: Config, *loaders: str) -> None:
+    """Reject data sets whose folders are missing or hold no image.
 
-    Looks at data sets that read a folder: those with a ``data_prefix``, ``ImageNet`` and
-    ``CustomDataset``. Data sets that download or make their own images are left alone.
+    Checks data sets that read a folder: those with a ``data_prefix``, ``ImageNet`` and
+    ``CustomDataset``. Data sets that download or generate their images are skipped.
 
     Args:
         cfg (Config): The config.
         loaders (str): Names of the dataloaders that will be used, e.g. 'train_dataloader'.
 
     Raises:
-        FileNotFoundError: With the path that was tried and the layout expected there.
+        FileNotFoundError: The message names the path that was tried and the expected layout.
     """
     for name in loaders:
         for dataset in dicts((cfg.get(name) or {}).get('dataset', {})):
-            kind = str(dataset.get('type')).rpartition('.')[2]
+            kind = type_name(dataset)
             if 'data_prefix' not in dataset and kind not in ('ImageNet', 'CustomDataset'):
                 continue
             root = dataset.get('data_root') or ''
@@ -77,22 +45,53 @@ def check_data(cfg, *loaders):
                 kind == 'CustomDataset' and dataset.get('with_label', True)
                 and (cfg.get('model') or {}).get('type') != 'NEPA')
             for path in wanted:
-                problem = _data_problem(path, labelled and not dataset.get('ann_file'))
+                problem = _find_problem(path, labelled and not dataset.get('ann_file'))
                 if problem:
                     layout = LAYOUTS.get(kind, '').format(root=root.rstrip('/') or '.')
                     raise FileNotFoundError(
-                        f'{name}: {path!r} {problem}'
-                        + (f'; expected are {layout}' if layout else '')
+                        f'{name}: {path!r} {problem}' + (f'; expected {layout}' if layout else '')
                         + f' (relative to {os.getcwd()}; {name}.dataset.data_root sets another '
-                        'place).')
+                        'folder).')
             if kind == 'CustomDataset' and dataset.get('ann_file') and os.path.isfile(wanted[-1]):
                 check_annotations(wanted[-1], wanted[0], dataset.get('with_label', True), name)
 
 
-def _data_problem(path, labelled):
-    """What is wrong with a data folder or annotation file, or None.
+def check_annotations(path: str, folder: str, labelled: bool, name: str) -> None:
+    """Reject lines that are not ``IMAGE LABEL``, and images that do not exist.
 
-    With ``labelled`` the folder has to have a folder of images for every class.
+    Args:
+        path (str): The annotation file, on a local disk.
+        folder (str): Folder of the images.
+        labelled (bool): Whether lines end with a label.
+        name (str): Name of the data set in messages.
+
+    Raises:
+        ValueError: The file is empty, or a line is not an image and an integer.
+        FileNotFoundError: An image does not exist. About a thousand, evenly spaced, are tried.
+    """
+    lines = list_from_file(path)
+    if not lines:
+        raise ValueError(f'{name}: {path} is empty; each line must hold an image'
+                         f'{" and its label" * labelled}.')
+    images = lines
+    if labelled:
+        images = []
+        for number, line in enumerate(lines, 1):
+            image, _, label = line.strip().rpartition(' ')
+            if not image or not label.lstrip('-').isdigit():
+                raise ValueError(f'{name}: line {number} of {path} is {line!r}; expected an image, '
+                                 'a blank and the number of its class.')
+            images.append(image)
+    for image in images[::len(images) // MAX_TRIED + 1]:
+        image = os.path.join(folder, image)
+        if '://' not in image and not os.path.isfile(image):
+            raise FileNotFoundError(f'{name}: there is no image {image}, which {path} names.')
+
+
+def _find_problem(path, labelled):
+    """Return what is wrong with a data folder or annotation file, or None.
+
+    With ``labelled`` the folder must hold a folder of images for every class.
     """
     path = os.path.expanduser(path)
     if '://' in path or os.path.isfile(path):

@@ -1,46 +1,50 @@
-"""How images become the input of a network, in numbers: for those who have no OpenMMLab pipeline.
+"""Describe the preprocessing of images in plain values, for software without OpenMMLab pipelines.
 
-An *input* is a dict of plain values: ``resize``, the short side in pixels or [height, width];
-``crop``, [height, width] of the centre or None; ``interpolation`` and ``backend`` of the resizing;
-``mean`` and ``std`` per channel, of pixels from 0 to 255; ``channel_order``, 'RGB', 'BGR' or 'any'.
+An *input spec* is a dict: ``resize``, the short side in pixels or [height, width]; ``crop``,
+[height, width] of the centre crop or None; ``interpolation`` and ``backend`` of the resizing;
+``mean`` and ``std`` per channel, for pixels from 0 to 255; ``channel_order``, 'RGB', 'BGR' or
+'any'.
 """
 import math
+from collections.abc import Mapping
 
 from mmengine.registry import DATASETS
 from mmengine.utils import to_2tuple
 
-# the codes of PIL.Image.Resampling, which preprocessor_config.json uses
+from nepa_mm.apis.channels import type_name
+
+# codes of PIL.Image.Resampling, which preprocessor_config.json uses
 RESAMPLE = dict(nearest=0, lanczos=1, bilinear=2, bicubic=3, box=4, hamming=5)
 BACKENDS = ('pillow', 'cv2')
 STEPS_WITHOUT_EFFECT = ('LoadImageFromFile', 'LoadImageWithPillow', 'LoadAnnotations', 'PackInputs',
                         'PackSegInputs')
 
 
-def input_of(cfg):
-    """The input of a config's network: of its test pipeline or, in pretraining, its crops.
+def input_of(cfg: Mapping) -> dict | None:
+    """Return the input spec of a config: of its test pipeline, or of its crops in pretraining.
 
     Args:
         cfg (dict): With ``model`` and ``test_dataloader`` or ``train_dataloader``; or with
-            ``input``, as a file of ours records it.
+            ``input``, a spec recorded in one of our files.
 
     Returns:
-        dict | None: See above; None if the config has no pipeline.
+        dict | None: The spec, see above; None if the config has no pipeline.
 
     Raises:
-        ValueError: A step of the test pipeline cannot be said in these terms, or what was
-            recorded is damaged.
+        ValueError: A step of the test pipeline has no equivalent in a spec, or the recorded spec
+            is invalid.
     """
     try:
         found = cfg.get('input') or _input_of(cfg)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f'No network has images by a config like this: {error!r}.') from error
-    return _checked(found) if found is not None else None
+        raise ValueError(f'The config describes no network input: {error!r}.') from error
+    return _validated(found) if found is not None else None
 
 
 def _input_of(cfg):
     for name in ('test_dataloader', 'train_dataloader'):
         dataset = (cfg.get(name) or {}).get('dataset') or {}
-        while dataset.get('pipeline') is None and dataset.get('dataset'):     # of a wrapper
+        while dataset.get('pipeline') is None and dataset.get('dataset'):     # a wrapper
             dataset = dataset['dataset']
         if dataset.get('pipeline'):
             break
@@ -52,8 +56,8 @@ def _input_of(cfg):
     return found | pixels_of(cfg)
 
 
-def pixels_of(cfg):
-    """``mean``, ``std`` and ``channel_order`` of a config's data preprocessor."""
+def pixels_of(cfg: Mapping) -> dict:
+    """Return ``mean``, ``std`` and ``channel_order`` of a config's data preprocessor."""
     settings = cfg['model'].get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     channels = cfg['model']['backbone'].get('in_channels', 3)
     to_rgb = settings.get('to_rgb') or settings.get('bgr_to_rgb')
@@ -66,7 +70,7 @@ def pixels_of(cfg):
 def _read_test_pipeline(pipeline):
     found = {}
     for step in pipeline:
-        kind = str(step['type']).rpartition('.')[2]
+        kind = type_name(step)
         if kind in STEPS_WITHOUT_EFFECT:
             continue
         plain = (kind == 'ResizeEdge' and step.get('edge', 'short') == 'short'
@@ -81,13 +85,13 @@ def _read_test_pipeline(pipeline):
             found.update(crop=list(to_2tuple(step['crop_size']))[::-1])
         else:
             raise ValueError(
-                f'The step {dict(step)} of the test pipeline cannot be said in the files of '
-                'others, which know one Resize or ResizeEdge, then one CenterCrop.')
+                f'The step {dict(step)} of the test pipeline cannot be expressed in published '
+                'formats, which have one Resize or ResizeEdge, then one CenterCrop.')
     return found
 
 
 def _read_crops(pipeline):
-    """Pretraining looks at no whole image; the shape is that of its crops."""
+    """Read the size from the crops: pretraining never sees a full image."""
     sizes = [step for step in pipeline if 'scale' in step or 'crop_size' in step]
     if not sizes:
         return {}
@@ -98,8 +102,8 @@ def _read_crops(pipeline):
                 backend=sizes[-1].get('backend', 'cv2'))
 
 
-def _checked(found):
-    """The input itself, if it is one; it may come from a file that anybody wrote."""
+def _validated(found):
+    """Return a spec if it is valid, else raise ValueError; it may come from an untrusted file."""
     try:
         sizes = [found['resize'], *(found['crop'] or [])]
         sizes += sizes.pop(0) if isinstance(sizes[0], list) else []
@@ -113,12 +117,12 @@ def _checked(found):
     except (AttributeError, KeyError, TypeError, ValueError):
         good = False
     if not good:
-        raise ValueError(f'This is no description of an input: {repr(found)[:200]}.')
+        raise ValueError(f'Not a valid input spec: {repr(found)[:200]}.')
     return found
 
 
-def published_input(config):
-    """How the authors evaluate a classifier with a published ``config.json`` (complete)."""
+def published_input(config: Mapping) -> dict:
+    """Return the spec with which the authors evaluate a model of a complete ``config.json``."""
     size, channels = to_2tuple(config['image_size']), config['num_channels']
     large = config['hidden_size'] == 1024 and tuple(size) == (224, 224)
     resize = [235, 235] if large else round(min(size) * 256 / 224)
@@ -128,15 +132,15 @@ def published_input(config):
         channel_order='RGB' if channels == 3 else 'any')
 
 
-def size_of(found):
-    """Height and width of the network's input, None if they are those of each image."""
+def size_of(found: Mapping) -> list[int] | None:
+    """Return [height, width] of the network's input, or None if the size varies by image."""
     if found['crop']:
         return found['crop']
     return found['resize'] if isinstance(found['resize'], list) else None
 
 
-def pipeline_of(found):
-    """The test pipeline of an input, the inverse of :func:`input_of`."""
+def pipeline_of(found: Mapping) -> list[dict]:
+    """Return the test pipeline of a spec, the inverse of :func:`input_of`."""
     how = dict(interpolation=found['interpolation'], backend=found['backend'])
     resize, crop = found['resize'], found['crop']
     channels = len(found['mean'])
@@ -152,16 +156,17 @@ def pipeline_of(found):
     return [*steps, dict(type='PackInputs')]
 
 
-def preprocessor_config(found):
-    """``preprocessor_config.json``, as transformers' BitImageProcessor reads it.
+def preprocessor_config(found: Mapping) -> dict:
+    """Return the ``preprocessor_config.json`` of a spec, for transformers' BitImageProcessor.
 
     Raises:
-        ValueError: The interpolation is OpenCV's 'area', or channels are in the order BGR.
+        ValueError: The interpolation is OpenCV's 'area', or the channel order is BGR.
     """
     if found['interpolation'] not in RESAMPLE or found['channel_order'] == 'BGR':
         raise ValueError(
-            'A preprocessor_config.json knows neither interpolation="area" nor the channel order '
-            f'BGR; the test pipeline has {found["interpolation"]} and {found["channel_order"]}.')
+            'A preprocessor_config.json supports neither interpolation="area" nor the channel '
+            f'order BGR; the test pipeline has {found["interpolation"]} and '
+            f'{found["channel_order"]}.')
     resize, crop = found['resize'], found['crop']
     shape = ('height', 'width')
     config = dict(
@@ -178,23 +183,23 @@ def preprocessor_config(found):
     return config
 
 
-def class_names(cfg, meta):
-    """Names of the classes: of the checkpoint, or else of the config's data set.
+def class_names(cfg: Mapping, meta: Mapping) -> list[str] | None:
+    """Return the class names of the checkpoint, or else of the config's data set.
 
     Args:
         cfg (dict): The config, see :func:`input_of`.
         meta (dict): The ``meta`` of the checkpoint.
 
     Returns:
-        list[str] | None: In the order of the network's outputs, if they are known.
+        list[str] | None: In the order of the network's outputs; None if they are unknown.
     """
     sources = [meta.get('dataset_meta')]
     for name in ('test_dataloader', 'train_dataloader'):
         dataset = (cfg.get(name) or {}).get('dataset') or {}
         sources += [dataset.get('metainfo'), dataset]
         for registry in (DATASETS, *DATASETS.children.values()):
-            registry.import_from_location()     # and no more: get() would import what a file names
-            found = registry.module_dict.get(str(dataset.get('type')).rpartition('.')[2])
+            registry.import_from_location()     # get() would import what an untrusted file names
+            found = registry.module_dict.get(type_name(dataset))
             sources.append(getattr(found, 'METAINFO', None))
     for source in sources:
         names = source.get('classes') if isinstance(source, dict) else None

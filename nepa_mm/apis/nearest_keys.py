@@ -1,15 +1,18 @@
-"""Which key may have been meant by one that nothing reads."""
+"""Guess which key was meant by one that nothing reads."""
 import ast
 import re
+from collections.abc import Set
 from contextlib import suppress
 from difflib import SequenceMatcher
 
-from nepa_mm.apis.config_keys import accepted
+from mmengine.config import Config
+
+from nepa_mm.apis.config_keys import accepted_keys
 from nepa_mm.utils.nested import at, exists, paths
 
 
-def likeness(name, other):
-    """How well one name may have been meant by another; 0.6 and above is a good guess."""
+def similarity(name: str, other: str) -> float:
+    """Return how likely ``name`` was meant to be ``other``; 0.6 and above is a good guess."""
     score = SequenceMatcher(None, name.lower(), other.lower()).ratio()
     if other.startswith(name) or name.startswith(other):
         score += 0.1
@@ -17,64 +20,71 @@ def likeness(name, other):
     return score + (name == ''.join(word[:1] for word in words)) + 0.5 * (other in name.split('_'))
 
 
-def nearest(cfg, names, reads, repair=True):
-    """Paths that are read and may have been meant by one that is not.
+def nearest_paths(cfg: Config, names: tuple[str, ...], reads: Set[str], repair: bool = True
+                  ) -> list[tuple[str, ...]]:
+    """Return paths that are read and may have been meant by one that is not.
 
     Args:
         cfg (Config): The config.
-        names (tuple[str]): The path.
+        names (tuple[str]): The path that is not read.
         reads (set[str]): The top-level keys that are read.
-        repair (bool): Whether the names may be misspelt. Defaults to True.
+        repair (bool): Whether to try similar names. Defaults to True.
 
     Returns:
-        list[tuple[str]]: The same path further inside; or with every name replaced by a similar
-            one beside it; or the same or a similar last name elsewhere; or what is beside it.
+        list[tuple[str]]: The first non-empty of: the same path further inside; the path with
+        unknown names replaced by similar siblings; paths with the same last name; the path with
+        the most similar last name, or else a sibling.
     """
     there = [path for top in sorted(reads & set(cfg)) for path in paths(cfg[top], (top,))
              if path[:len(names)] != names and path[-1][0] != '_']
     inside = [path for path in there if path[-len(names):] == names]
     if inside:
         return inside
-    if repair and (path := repaired(cfg, names, reads)):
+    if repair and (path := repair_path(cfg, names, reads)):
         return [path]
     same = [path for path in there if path[-1] == names[-1]]
     if same and names[-1] != 'type' and not names[-1].isdigit():
         return same
-    every = {*there, *((*path, key) for path in there for key in accepted(cfg, path) or ()
+    every = {*there, *((*path, key) for path in there for key in accepted_keys(cfg, path) or ()
                        if not key.startswith('_'))}
     best = max(sorted(every), key=lambda path: (
-        likeness(names[-1], path[-1]) + 0.1 * likeness('.'.join(names), '.'.join(path))))
-    return [best] if likeness(names[-1], best[-1]) >= 0.6 else [
-        repaired(cfg, names, reads, least=0.)]
+        similarity(names[-1], path[-1]) + 0.1 * similarity('.'.join(names), '.'.join(path))))
+    return [best] if similarity(names[-1], best[-1]) >= 0.6 else [
+        repair_path(cfg, names, reads, least=0.)]
 
 
-def repaired(cfg, names, reads, least=0.6):
-    """The path with every unknown name replaced by the most similar one beside it, or None."""
+def repair_path(cfg: Config, names: tuple[str, ...], reads: Set[str], least: float = 0.6
+                ) -> tuple[str, ...] | None:
+    """Replace every unknown name of a path by its most similar sibling.
+
+    Return None if a similarity is below ``least``.
+    """
     path = ()
     for i, name in enumerate(names):
         if not exists(cfg, path):
             return path + names[i:]
         node = at(cfg, path)
-        keys = (accepted(cfg, path) if path else reads) or {path[0] for path in paths(node) if path}
+        keys = (accepted_keys(cfg, path) if path else reads) or {
+            path[0] for path in paths(node) if path}
         if name not in keys:
             name = max(sorted(key for key in keys if key[:1] != '_'),
-                       key=lambda key: likeness(names[i], key), default='')
-            if likeness(names[i], name) < least:
+                       key=lambda key: similarity(names[i], key), default='')
+            if similarity(names[i], name) < least:
                 return None
         path += (name,)
     return path
 
 
-def uses_in_file(cfg):
-    """Where a config file and its bases use their own names.
+def uses_in_file(cfg: Config) -> dict[str, set[tuple[str, ...]]]:
+    """Find where a config file and its bases use their own names.
 
     Args:
         cfg (Config): Read from a file.
 
     Returns:
-        dict[str, set[tuple[str]]]: For every name the paths of the values made from it.
+        dict[str, set[tuple[str]]]: For every name, the paths of the values built from it.
     """
-    # the text has all files one after the other, each behind a line with its path
+    # the text concatenates all files, each after a line with its path
     text = re.sub(r'^[^"\'#\n]*\.py$', '', cfg.text, flags=re.MULTILINE)
     uses = {}
 
@@ -107,16 +117,16 @@ def uses_in_file(cfg):
     return uses
 
 
-def places(cfg, name, reads):
-    """Where the value of a name of the config file went, among the keys that are read.
+def value_paths(cfg: Config, name: str, reads: Set[str]) -> list[tuple[str, ...]]:
+    """Find where the config file uses the value of a name, among the keys that are read.
 
     Args:
-        cfg (Config): The config as the file made it.
+        cfg (Config): The config before options are merged.
         name (str): A top-level key that nothing reads.
         reads (set[str]): The top-level keys that are read.
 
     Returns:
-        list[tuple[str]]: Their paths: as the source has it, or those with an equal list or dict.
+        list[tuple[str]]: Sorted paths: those in the source, or those with an equal list or dict.
     """
     uses, value, found, pending = uses_in_file(cfg), cfg[name], [], [(name, ())]
     seen = set()

@@ -1,31 +1,36 @@
-"""What a checkpoint to resume must have in common with the run that goes on from it."""
+"""Check that a checkpoint fits the run that resumes from it."""
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
 from torch.optim import Adam, AdamW
 
 from nepa_mm.checkpoints.loading import check_network, select_weights, unwrapped
 from nepa_mm.checkpoints.recorded import recorded_values
 
-# Options that change how a model computes, not what, and those that tools fill in.
+# Options that change the implementation but not the numbers, and options that tools fill in.
 SAME_FUNCTION = ('init_cfg', 'with_cp', 'compile_blocks', 'bf16_residual', 'extensions',
                  'with_label')
-# Parts of two configs that are compared before one goes on from the other's checkpoint.
+# Top-level keys that are compared before a run resumes.
 COMPARED = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg',
             'custom_hooks')
-# Of torch.optim: whose state has other shapes than the parameters', and what is one number.
-OTHER_SHAPES, NUMBERS = ('Adafactor', 'LBFGS'), ('step', 'mu_product', 'eta', 'mu')
+# In torch.optim: optimizers whose state differs from the parameters in shape, and scalar states.
+OTHER_SHAPES, SCALARS = ('Adafactor', 'LBFGS'), ('step', 'mu_product', 'eta', 'mu')
 
 
-def differences_of_configs(meta, cfg):
-    """Where the config of a run differs from that of a checkpoint.
+def compare_configs(meta: Mapping, cfg: Config) -> tuple[dict, dict]:
+    """Compare the config of a run with that of a checkpoint.
 
     Args:
-        meta (dict): Of the checkpoint; without a config it differs nowhere.
-        cfg (Config): Of the run.
+        meta (dict): The ``meta`` of the checkpoint; without a config there are no differences.
+        cfg (Config): The config of the run.
 
     Returns:
-        tuple[dict, dict]: {dotted path: (old value, new value)} of everything that is compared, and
-        of that what makes it another experiment: model and training data.
+        tuple[dict, dict]: {dotted path: (old value, new value)} of all differences, and of those in
+        the model and the training data, which make it another experiment.
     """
     old, new = map(recorded_values, (str(meta.get('config_text', '')), cfg.pretty_text))
     found = {}
@@ -37,8 +42,8 @@ def differences_of_configs(meta, cfg):
                    if path.startswith(('model.', 'train_dataloader.dataset.'))}
 
 
-def differences(old, new, path=''):
-    """Where two nested configs differ: {dotted path: (old value, new value)}."""
+def differences(old: Any, new: Any, path: str = '') -> dict[str, tuple]:
+    """Return {dotted path: (old value, new value)} of two nested configs."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = {}
         for key in {**old, **new}:
@@ -54,52 +59,52 @@ def differences(old, new, path=''):
     return {} if same else {path: (old, new)}
 
 
-def in_words(found):
-    """The first few of :func:`differences`."""
+def describe_differences(found: Mapping[str, tuple]) -> str:
+    """Format the first four of :func:`differences`."""
     return '; '.join(f'{path} is {str(new)[:60]} and was {str(old)[:60]}'
                      for path, (old, new) in list(found.items())[:4])
 
 
-def check_state(runner, checkpoint, source):
-    """Refuse a state that does not fit the run: its place, weights, average and optimizer.
+def check_state(runner: Runner, checkpoint: dict, source: str) -> list[str]:
+    """Reject a state whose progress, weights, EMA weights or optimizer do not fit the run.
 
-    Where the run has no EMA hook, the raw weights take the place of the average.
+    If the run has no EMA hook, the raw weights replace the EMA weights.
 
     Args:
-        runner (Runner): About to take the state.
+        runner (Runner): About to load the state.
         checkpoint (dict): The state; its weights may be replaced.
-        source (str): What sentences call it.
+        source (str): Name of the checkpoint in messages.
 
     Returns:
-        list[str]: Sentences about what is odd.
+        list[str]: Warnings.
 
     Raises:
-        ValueError: The sentence names what does not fit.
+        ValueError: The message names what does not fit.
     """
-    meta, odd = checkpoint['meta'], []
+    meta, warnings = checkpoint['meta'], []
     numbers = [meta.get('epoch'), meta.get('iter'), *_values_of(meta.get('run', {}))]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f'{source} does not say where the run was: epoch, iter and run are '
+        raise ValueError(f'{source} has no valid progress of the run: epoch, iter and run are '
                          f'{", ".join(map(repr, numbers))}, and must be integers from 0.'[:300])
     model = unwrapped(runner.model)
     sets = dict(weights=select_weights(checkpoint, 'raw', source))
     if 'ema_state_dict' in checkpoint:
-        sets['average'] = checkpoint['state_dict']
+        sets['EMA weights'] = checkpoint['state_dict']
         if not any(isinstance(hook, EMAHook) for hook in runner.hooks):
             checkpoint['state_dict'] = sets['weights']
-            odd.append(f'{source} holds an average of the weights, which this run has not: it '
-                       'goes on from the raw weights, without an EMA hook.')
+            warnings.append(f'{source} holds EMA weights, but this run has no EMA hook: it resumes '
+                            'from the raw weights.')
     for what, state in sets.items():
         _check_weights(model.state_dict(), state, f'the {what} of {source}')
     if 'optimizer' in checkpoint:
         if isinstance(runner.optim_wrapper, OptimWrapper):
             _check_optimizer(runner.optim_wrapper.optimizer, model, checkpoint['optimizer'], source)
     elif all(hook.save_optimizer for hook in runner.hooks if isinstance(hook, CheckpointHook)):
-        raise ValueError(f'{source} holds no state of the optimizer, so the run cannot go on from '
-                         f'it; load_from={source} starts a run from its weights.')
+        raise ValueError(f'{source} holds no optimizer state, so the run cannot resume from it; '
+                         f'load_from={source} starts a run from its weights.')
     else:
-        odd.append(f'{source} holds no state of the optimizer, which starts anew.')
-    return odd
+        warnings.append(f'{source} holds no optimizer state: the optimizer starts anew.')
+    return warnings
 
 
 def _values_of(run):
@@ -107,28 +112,28 @@ def _values_of(run):
 
 
 def _check_weights(own, found, name):
-    """Refuse a state dict with other names or shapes than the model's."""
+    """Reject a state dict whose names or shapes differ from the model's."""
     check_network(own, found, name)
     missing, unused = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    for what, names in (('lack', missing), ('have no place for', unused)):
+    for what, names in (('lack', missing), ('have unknown', unused)):
         if names:
             raise ValueError(f'{name[0].upper()}{name[1:]} {what} {", ".join(names[:3])}'
                              + f' and {len(names) - 3} more' * (len(names) > 3)
-                             + '; another network cannot go on from them.')
+                             + '; a different network cannot resume from them.')
 
 
 def _check_optimizer(optimizer, model, state, source):
-    """Refuse a state dict of an optimizer with other groups or tensors."""
+    """Reject an optimizer state whose groups or shapes differ."""
     groups, states = state.get('param_groups'), state.get('state')
     if not (isinstance(groups, list) and isinstance(states, dict)
             and all(isinstance(group, dict) and isinstance(group.get('params'), list)
                     for group in groups)):
-        raise ValueError(f'{source} is damaged: its optimizer holds no groups of parameters.')
+        raise ValueError(f'{source} is corrupt: its optimizer holds no parameter groups.')
     sizes, own = ([len(group['params']) for group in each]
                   for each in (groups, optimizer.param_groups))
     if sizes != own:
-        raise ValueError(f'The optimizer of {source} has groups of {sizes} tensors, and that of '
-                         f'this run of {own}: is it another network, or another paramwise_cfg?')
+        raise ValueError(f'The optimizer of {source} has groups of {sizes} tensors, and this '
+                         f'run has {own}: check the network and paramwise_cfg.')
     kind = type(optimizer)
     if not kind.__module__.startswith('torch.optim') or kind.__name__ in OTHER_SHAPES:
         return
@@ -138,10 +143,10 @@ def _check_optimizer(optimizer, model, state, source):
         for param, number in zip(group['params'], saved['params']):
             name, entry = names[id(param)], states.get(number) or {}
             if not isinstance(entry, dict) or entry and not needed <= entry.keys():
-                raise ValueError(f'{source} is damaged: its optimizer lacks {sorted(needed)} of '
+                raise ValueError(f'{source} is corrupt: its optimizer lacks {sorted(needed)} of '
                                  f'{name}.')
             for key, value in entry.items():
                 shape = tuple(getattr(value, 'shape', ()))
-                if value is not None and shape != (() if key in NUMBERS else param.shape):
+                if value is not None and shape != (() if key in SCALARS else param.shape):
                     raise ValueError(f'The optimizer of {source} does not fit: {key} of {name} has '
-                                     f'shape {shape}, and the parameter {tuple(param.shape)}.')
+                                     f'shape {shape}, the parameter {tuple(param.shape)}.')

@@ -1,33 +1,37 @@
-"""What tools/train.py and tools/test.py share: from a config to a Runner.
+"""Build the Runner of tools/train.py and tools/test.py from a config.
 
-Bad input (a missing data set, a missing checkpoint, more processes than GPUs ...) is found here,
-before anything is built, and reported in one sentence. Where there is no GPU, several processes
-talk through gloo, which mmengine by itself does not offer.
+Parts are built and checked one by one, so that errors name the part of the config. Without a GPU,
+several processes communicate through gloo, which mmengine does not support.
 """
 import atexit
 import ctypes
 import gc
 import os
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
+from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.evaluator import BaseMetric
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import distributed
+from torch.utils.data import Dataset
 
-from nepa_mm.apis.config import LOADERS, check_complete, spare_config
+from nepa_mm.apis.channels import type_name
+from nepa_mm.apis.config import LOADERS, check_complete, is_segmentation, keep_config_file
 from nepa_mm.apis.run_check import RunCheckHook
 from nepa_mm.apis.schedule_checks import check_batches, check_length
-from nepa_mm.apis.user_errors import part
+from nepa_mm.apis.user_errors import RunStart, naming_config_part
 from nepa_mm.datasets.images import IMAGE_SUFFIXES
 from nepa_mm.datasets.pipelines import use_one_reader
 from nepa_mm.utils.errors import UnreadableImageError
 from nepa_mm.utils.nested import dicts
 from nepa_mm.utils.random_state import preserve_rng_state
 
-# How each launcher tells a process its place; mmengine reads the same variables.
+# Environment variables of each launcher; mmengine reads the same ones.
 LAUNCHER_VARIABLES = dict(
     pytorch=dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE', LOCAL_RANK='LOCAL_RANK'),
     slurm=dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID'),
@@ -35,19 +39,19 @@ LAUNCHER_VARIABLES = dict(
              LOCAL_RANK='OMPI_COMM_WORLD_LOCAL_RANK'))
 
 
-def build_runner(cfg):
-    """Build the Runner of a config, on GPUs or on the CPU, alone or among several processes.
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner of a config, on GPUs or on the CPU, in one or several processes.
 
     Args:
-        cfg (Config): With ``work_dir`` and ``launcher``; changed in place, so that the config
-            saved beside the checkpoints shows what was run.
+        cfg (Config): With ``work_dir`` and ``launcher``. Changed in place: the config saved beside
+            the checkpoints shows what was run.
 
     Returns:
-        Runner: Ready for ``train()`` or ``test()``. What was changed here stands in its log.
+        Runner: Ready for ``train()`` or ``test()``. Its log lists the changes made here.
 
     Raises:
-        ValueError: If the launcher's variables are missing, if there are more processes than
-            GPUs, or if ``auto_scale_lr`` is on without a ``base_batch_size``.
+        ValueError: The launcher's variables are missing, there are more processes than GPUs, or
+            ``auto_scale_lr`` is enabled without a ``base_batch_size``.
     """
     keep_freed_memory()
     world_size = _read_launcher(cfg.launcher)
@@ -63,80 +67,81 @@ def build_runner(cfg):
     return runner
 
 
-def start_runner(cfg, start, stage):
-    """Build the Runner of a tool, and all that it would build later.
+def start_runner(cfg: Config, start: RunStart, stage: str) -> Runner:
+    """Build the Runner of a tool, and everything that the Runner would build later.
 
     Args:
         cfg (Config): See :func:`build_runner`.
-        start (Start): What :func:`user_errors` yields.
+        start (RunStart): Yielded by :func:`user_errors`.
         stage (str): 'train' or 'test'.
 
     Returns:
         Runner: Its ``train()`` or ``test()`` builds nothing more.
 
     Raises:
-        ValueError: Something cannot be built; the sentence begins with the part of the config.
+        ValueError: Building failed; the message begins with the part of the config.
     """
     check_complete(cfg, stage)
-    spare_config(cfg)
-    start.before_writing(cfg)
-    if cfg.get('default_scope') == 'mmseg':
-        from nepa_mm.apis.segmentation_checks import check_not_empty
-        init_default_scope('mmseg')     # in which nepa_mm:: looks for names
+    keep_config_file(cfg)
+    start.record_files(cfg)
+    if is_segmentation(cfg):
+        from nepa_mm.apis.segmentation_folders import check_not_empty
+        init_default_scope('mmseg')     # nepa_mm:: types are looked up in it
         check_not_empty(cfg, *(['test_dataloader'] if stage == 'test' else LOADERS[:2]))
-    with part('config'):
+    with naming_config_part('config'):
         runner = build_runner(cfg)
     runner.register_hook(start)
     run_check, = [hook for hook in runner.hooks if isinstance(hook, RunCheckHook)]
     if stage == 'test':
-        with part('test_dataloader'):
-            look_at(runner, 'test_dataloader', runner.test_loop.dataloader.dataset,
-                    runner.test_loop.evaluator.metrics)
+        with naming_config_part('test_dataloader'):
+            check_first_sample(runner, 'test_dataloader', runner.test_loop.dataloader.dataset,
+                               runner.test_loop.evaluator.metrics)
         return runner
-    # the loader first, for workers of an iteration-based loop begin with the loop
-    with part('train_dataloader'):
+    # before the loop: an iteration-based loop starts the workers when it is built
+    with naming_config_part('train_dataloader'):
         loader = runner._train_dataloader = runner.build_dataloader(
             runner._train_dataloader, seed=runner.seed,
             diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False))
-        look_at(runner, 'train_dataloader', loader.dataset)
+        check_first_sample(runner, 'train_dataloader', loader.dataset)
     check_batches(runner, loader)
     run_check.check_training_data(runner, loader.dataset)
-    with part('train_cfg'):
-        check_length(runner.train_loop)     # a property that builds
-    with part('optim_wrapper'):
+    with naming_config_part('train_cfg'):
+        check_length(runner.train_loop)     # the property builds the loop
+    with naming_config_part('optim_wrapper'):
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    with part('param_scheduler'):
+    with naming_config_part('param_scheduler'):
         if runner.param_schedulers is not None:
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
-    with part('val_dataloader'):
+    with naming_config_part('val_dataloader'):
         if runner.val_loop is not None:
-            look_at(runner, 'val_dataloader', runner.val_dataloader.dataset,
-                    runner.val_loop.evaluator.metrics)
+            check_first_sample(runner, 'val_dataloader', runner.val_dataloader.dataset,
+                               runner.val_loop.evaluator.metrics)
     return runner
 
 
-def look_at(runner, name, dataset, metrics=()):
-    """Let our reader read a data set, look at masks, and make a sample, which tries its steps.
+def check_first_sample(runner: Runner, name: str, dataset: Dataset,
+                       metrics: Sequence[BaseMetric] = ()) -> None:
+    """Set the image reader of a data set, check its masks, and run its pipeline on one sample.
 
     Args:
         runner (Runner): Built, not started.
         name (str): Name of the dataloader.
-        dataset (Dataset): Its data set; no worker has it yet.
-        metrics (list[BaseMetric]): Of its evaluator. Defaults to none.
+        dataset (Dataset): Its data set; no worker has a copy yet.
+        metrics (list[BaseMetric]): Metrics of its evaluator. Defaults to none.
     """
     use_one_reader(dataset, runner.model)
-    if runner.cfg.get('default_scope') == 'mmseg':
+    if is_segmentation(runner.cfg):
         from nepa_mm.apis.segmentation_checks import check_masks
         check_masks(runner, dataset, name, metrics)
     with preserve_rng_state(), suppress(UnreadableImageError, IndexError):
         dataset[0]
 
 
-def keep_freed_memory():
-    """Without a GPU, let glibc use the memory of large tensors again; return whether it does.
+def keep_freed_memory() -> bool:
+    """Without a GPU, make glibc reuse the memory of large tensors; return whether it does.
 
-    By default every tensor of more than 32 MB is made of new pages, which the system clears
-    first: a step of ViT-Ti on 256 images then took half as long again.
+    By default every tensor of more than 32 MB gets new pages, which the system clears first. With
+    that a step of ViT-Ti on 256 images took 1.5 times as long.
     """
     libc = ctypes.CDLL(None)
     if get_device() != 'cpu' or not hasattr(libc, 'mallopt'):
@@ -145,24 +150,23 @@ def keep_freed_memory():
     return bool(libc.mallopt(trim_threshold, -1) and libc.mallopt(mmap_max, 0))
 
 
-def scale_lr(cfg, world_size):
-    """Scale the learning rate to the real batch size, if ``auto_scale_lr.enable``.
+def scale_lr(cfg: Config, world_size: int) -> list[str]:
+    """Scale the learning rate to the actual batch size if ``auto_scale_lr.enable`` is set.
 
     lr becomes lr x (processes x batch_size x accumulative_counts) / base_batch_size. mmengine's
-    own rule leaves out accumulation, and scales every parameter group; here only ``optimizer.lr``
-    changes, so an absolute ``paramwise_cfg.head_lr`` stays as written (reference code: its
-    ``--head_lr`` does not depend on the batch size). With ExactResumeHook a resumed run takes that
-    rate, too.
+    rule ignores accumulation and scales every parameter group. Here only ``optimizer.lr`` changes:
+    an absolute ``paramwise_cfg.head_lr`` is kept (in the reference code, ``--head_lr`` does not
+    depend on the batch size). With ExactResumeHook a resumed run uses the scaled rate, too.
 
     Args:
         cfg (Config): Changed in place; ``auto_scale_lr.enable`` is off afterwards.
         world_size (int): Number of processes.
 
     Returns:
-        list[str]: What was done, for the log.
+        list[str]: Log messages.
 
     Raises:
-        ValueError: If the config has no ``auto_scale_lr.base_batch_size``.
+        ValueError: The config has no ``auto_scale_lr.base_batch_size``.
     """
     auto = cfg.get('auto_scale_lr') or {}
     if not auto.get('enable') or not cfg.get('optim_wrapper'):
@@ -170,7 +174,7 @@ def scale_lr(cfg, world_size):
     base = auto.get('base_batch_size')
     if not base:
         raise ValueError('auto_scale_lr needs the batch size that the learning rate was chosen '
-                         f'for, in auto_scale_lr.base_batch_size, but the config gives {base}.')
+                         f'for, in auto_scale_lr.base_batch_size, got {base}.')
     optimizer = cfg.optim_wrapper.optimizer
     accumulation = cfg.optim_wrapper.get('accumulative_counts', 1)
     real = world_size * cfg.train_dataloader.batch_size * accumulation
@@ -181,37 +185,32 @@ def scale_lr(cfg, world_size):
             f'lr {old:g} -> {optimizer.lr:g}.']
 
 
-def fill_dataloaders(cfg):
-    """Add what configs leave to the tools: settings of the loaders, and of folders of images.
+def fill_dataloaders(cfg: Config) -> None:
+    """Add the dataloader settings that configs leave to the tools.
 
-    Folders give images of every suffix, and need no classes where no label is read.
+    Folders yield images of every suffix, and need no class folders if no label is read.
     """
-    _fill_loaders(cfg)
+    defaults = dict(pin_memory=torch.cuda.is_available())
+    if not is_segmentation(cfg):    # mmseg's images differ in size and stay a list
+        defaults['collate_fn'] = dict(type='default_collate')
     for name in LOADERS:
-        for dataset in dicts(cfg.get(name) or {}):
-            if str(dataset.get('type')).rpartition('.')[2] == 'CustomDataset':
+        loader = cfg.get(name)
+        if not loader:
+            continue
+        for key, value in defaults.items():
+            loader.setdefault(key, value)
+        if isinstance(loader.get('collate_fn'), dict):
+            # added by an inherited `package::` config; mmengine would pass it to the function
+            loader.collate_fn.pop('_scope_', None)
+        # restarted workers would repeat seeds, hence augmentations, in every epoch
+        has_workers = loader.get('num_workers', 0) > 0
+        loader.persistent_workers = has_workers and loader.get('persistent_workers', True)
+        for dataset in dicts(loader):
+            if type_name(dataset) == 'CustomDataset':
                 dataset.setdefault('extensions', IMAGE_SUFFIXES)
                 if (cfg.model.get('type') == 'NEPA' and name == 'train_dataloader'
                         and not dataset.get('ann_file')):
                     dataset.with_label = False
-
-
-def _fill_loaders(cfg):
-    """Add the dataloader settings that mmpretrain's base configs leave to its tools."""
-    defaults = dict(pin_memory=torch.cuda.is_available())
-    if cfg.get('default_scope') != 'mmseg':  # whose images differ in size and stay a list
-        defaults['collate_fn'] = dict(type='default_collate')
-    for name in LOADERS:
-        loader = cfg.get(name)
-        if loader:
-            for key, value in defaults.items():
-                loader.setdefault(key, value)
-            if isinstance(loader.get('collate_fn'), dict):
-                # mmengine passes what an inherited `package::` config adds on to the function
-                loader.collate_fn.pop('_scope_', None)
-            # Workers that restart get the same seeds, hence the same augmentations, every epoch.
-            has_workers = loader.get('num_workers', 0) > 0
-            loader.persistent_workers = has_workers and loader.get('persistent_workers', True)
 
 
 def _read_launcher(launcher):
@@ -221,7 +220,7 @@ def _read_launcher(launcher):
     for name, source in LAUNCHER_VARIABLES[launcher].items():
         if source not in os.environ:
             raise ValueError(f'--launcher {launcher} needs the environment variable {source}: '
-                             'start through tools/dist_*.sh, tools/slurm_*.sh or mpirun.')
+                             'start it with tools/dist_*.sh, tools/slurm_*.sh or mpirun.')
         os.environ[name] = os.environ[source]
     local_rank, gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
     if get_device() == 'cuda' and local_rank >= gpus:
@@ -231,11 +230,11 @@ def _read_launcher(launcher):
 
 
 def _prepare_cpu_group(cfg):
-    """Create the gloo group and drop what needs a GPU; return what was done, for the log.
+    """Create the gloo group and replace settings that need a GPU; return log messages.
 
-    mmengine's ``init_dist`` selects a CUDA device whatever the backend; it is skipped when a
-    group exists. Its default wrapper passes a device id, which DistributedDataParallel refuses
-    on the CPU, and SyncBN works on GPUs only.
+    mmengine's ``init_dist`` selects a CUDA device for every backend; mmengine skips it if a group
+    exists. Its default wrapper passes a device id, which DistributedDataParallel rejects on the
+    CPU. SyncBN works on GPUs only.
     """
     if not distributed.is_initialized():
         if cfg.launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
@@ -245,7 +244,7 @@ def _prepare_cpu_group(cfg):
         os.environ.setdefault('MASTER_PORT', '29500')
         distributed.init_process_group('gloo')
         atexit.register(_leave_cpu_group)
-    if cfg.get('runner_type') != 'FSDPRunner':      # which wraps nothing
+    if cfg.get('runner_type') != 'FSDPRunner':      # FSDPRunner uses no wrapper
         wrapper = cfg.get('model_wrapper_cfg') or dict(
             type='MMDistributedDataParallel', broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False))
@@ -255,13 +254,13 @@ def _prepare_cpu_group(cfg):
     for node in layers:
         node['type'] = 'BN'
     if layers:
-        notes.append(f'SyncBN needs GPUs: {len(layers)} norm_cfg use BN instead, whose statistics '
-                     'are those of each process.')
+        notes.append(f'SyncBN needs GPUs: {len(layers)} norm_cfg use BN instead, with the '
+                     'statistics of each process.')
     return notes
 
 
 def _leave_cpu_group():
-    """End gloo's threads, which need the interpreter to free tensors; later they would abort."""
-    gc.collect()        # a model of several processes holds the group, and cycles hold the model
+    """Stop gloo's threads before the interpreter exits; they would abort when freeing tensors."""
+    gc.collect()        # reference cycles keep the wrapped model, and it keeps the group
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,22 +1,18 @@
-"""k-NN accuracy of a checkpoint's frozen features, on the images of a classification config.
+"""Measure the k-NN accuracy of a checkpoint's frozen features on a classification config.
 
     python tools/analysis_tools/knn.py CONFIG CHECKPOINT [--feature avg_featmap] [--block -1]
         [--weights ema]
 
-Neighbours come from the config's train_dataloader, seen through its test pipeline; its
-test_dataloader is classified. The result names the feature that was read: figures for NEPA
-depend on it. Attention is as the config says: for a pretraining checkpoint take a causal one, such
-as configs/classification/nepa_vit-b_linear_in1k.py.
+Neighbours come from the config's train_dataloader with its test pipeline; the images of its
+test_dataloader are classified. The result names the feature, because figures for NEPA depend on it.
+The config sets the attention: for a pretraining checkpoint use a causal config such as
+configs/classification/nepa_vit-b_linear_in1k.py.
 """
-import argparse
-
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from nepa_mm import apis
-from nepa_mm.apis.cfg_options import add_cfg_options
-from nepa_mm.apis.channels import check_channels
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
 from nepa_mm.datasets.classes import align_datasets, skipped_images
 from nepa_mm.datasets.pipelines import use_one_reader
@@ -26,14 +22,13 @@ READS = ('model', 'train_dataloader', 'test_dataloader', 'default_scope', 'custo
 UNREAD = {
     'model.backbone.init_cfg': 'CHECKPOINT names the weights',
     **{f'{name}_dataloader.drop_last': 'all images are used' for name in ('train', 'test')},
-    'train_dataloader.sampler': 'images are seen once, in their order',
+    'train_dataloader.sampler': 'images are read once, in order',
     **{f'train_dataloader.{key}': f'set test_dataloader.{key}, which is used for both'
        for key in ('dataset.pipeline', 'batch_size')}}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = apis.tool_parser(__doc__)
     parser.add_argument('config', help='config with train_dataloader and test_dataloader')
     parser.add_argument('checkpoint', help='pretraining or fine-tuned checkpoint')
     parser.add_argument('--feature', choices=FEATURES, default='avg_featmap',
@@ -44,7 +39,7 @@ def parse_args(argv=None):
     parser.add_argument('-k', type=int, default=20, help='neighbours (default: 20)')
     parser.add_argument('--temperature', type=float, default=0.07, help='(default: 0.07)')
     add_weights_argument(parser)
-    add_cfg_options(parser)
+    apis.add_cfg_options(parser)
     return parser.parse_args(argv)
 
 
@@ -58,11 +53,11 @@ def main(argv=None):
                              'test_dataloader; use a config of configs/classification.')
         apis.check_checkpoint(args.checkpoint, 'CHECKPOINT')
         apis.check_data(cfg, 'train_dataloader', 'test_dataloader')
-        check_channels(cfg, 'train_dataloader', 'test_dataloader')
+        apis.check_channels(cfg, 'train_dataloader', 'test_dataloader')
         cfg.train_dataloader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
         cfg.train_dataloader.batch_size = cfg.test_dataloader.batch_size
         cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=False)
-        cfg.model.backbone.update(init_cfg=None, fc_norm=False)     # which k-NN does not read
+        cfg.model.backbone.update(init_cfg=None, fc_norm=False)     # k-NN does not use it
         for name in ('train_dataloader', 'test_dataloader'):
             cfg[name].drop_last = False
         apis.fill_dataloaders(cfg)
@@ -75,11 +70,11 @@ def main(argv=None):
         args.k = min(args.k, len(bank.dataset))
         for loader in (bank, queries):
             use_one_reader(loader.dataset, model)
-        for sentence in [*align_datasets(queries.dataset, 'test_dataloader', bank.dataset,
-                                         'train_dataloader'),
-                         *skipped_images(bank.dataset, 'train_dataloader'),
-                         *skipped_images(queries.dataset, 'test_dataloader')]:
-            print(f'warning: {sentence}')
+        for message in [*align_datasets(queries.dataset, 'test_dataloader', bank.dataset,
+                                        'train_dataloader'),
+                        *skipped_images(bank.dataset, 'train_dataloader'),
+                        *skipped_images(queries.dataset, 'test_dataloader')]:
+            print(f'warning: {message}')
         accuracy = knn_accuracy(model, bank, queries, feature=args.feature, block=args.block,
                                 k=args.k, temperature=args.temperature)
     block = args.block % model.backbone.num_layers + 1

@@ -1,22 +1,21 @@
-"""Draw the logs of one or more pretraining runs on one page.
+"""Plot the logs of one or more pretraining runs in one figure.
 
     python tools/analysis_tools/plot_log.py work_dirs/RUN [work_dirs/RUN ...] --out page.png
 
-Loss, lift, k-NN and linear probe, effective ranks and spread over epochs, one colour per run;
-what a run did not log is left out. A resumed run is one curve. NEPAMonitorHook and
-OnlineProbeHook explain the values.
+Plots loss, lift, k-NN and linear probe, effective ranks and standard deviation over epochs, one
+colour per run. Values that a run did not log are skipped. A resumed run is one curve. See
+NEPAMonitorHook and OnlineProbeHook for the values.
 """
-import argparse
 import json
 import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from nepa_mm.apis import user_errors
+from nepa_mm.apis import tool_parser, user_errors
 from nepa_mm.utils.outputs import free_path
 
-PANELS = {  # title: {scalar: (line style, what it stands for)}
+PANELS = {  # title: {scalar: (line style, label)}
     'loss': dict(loss=('-', None)),
     'lift: cosine with the next patch minus with the last one read': dict(lift=('-', None)),
     'top-1 accuracy on frozen features, %': dict(
@@ -33,16 +32,15 @@ def read_run(path):
     """Read the scalars of a run.
 
     Args:
-        path (str | Path): The work directory; the logs of resumed parts are joined, and
-            where they overlap the later one counts.
+        path (str | Path): The work directory. The logs of resumed parts are joined; where they
+            overlap, the later one is used.
 
     Returns:
-        list[dict]: One dict of scalars per logged iteration, in order; each has
-        ``iter``.
+        list[dict]: One dict of scalars per logged iteration, in order; each has ``iter``.
 
     Raises:
-        FileNotFoundError: There is no ``*/vis_data/scalars.json`` in it.
-        ValueError: It holds no training log.
+        FileNotFoundError: The directory has no ``*/vis_data/scalars.json``.
+        ValueError: The files hold no training log.
     """
     files = sorted(Path(path).glob('*/vis_data/scalars.json'))   # folders are named by time
     if not files:
@@ -59,7 +57,10 @@ def read_run(path):
 
 
 def read_lines(file):
-    """The dicts of a file of JSON lines; says how many lines a kill or a full disk cut."""
+    """Read the dicts of a file of JSON lines; print the number of truncated lines.
+
+    A kill or a full disk truncates lines.
+    """
     rows, cut = [], 0
     for line in file.read_text(errors='replace').splitlines():
         try:
@@ -71,22 +72,22 @@ def read_lines(file):
         else:
             cut += 1
     if cut:
-        print(f'Left out {cut} of {len(rows) + cut} lines of {file}: they are cut.')
+        print(f'Skipped {cut} of {len(rows) + cut} lines of {file}: they are truncated.')
     return rows
 
 
 def iters_per_epoch(rows):
-    """Iterations of an epoch, as good as the log tells; None if it counts no epochs."""
-    # iteration i of epoch e: i / e is at most an epoch's length, and equals it at the end of one
+    """Estimate the iterations per epoch from the log; return None if it counts no epochs."""
+    # at iteration i of epoch e, i / e is at most the length of an epoch, reached at its end
     return max((row['iter'] / row['epoch'] for row in rows if row.get('epoch')), default=None)
 
 
 def draw(runs, out):
-    """Draw the page.
+    """Draw the figure.
 
     Args:
-        runs (dict[str, list[dict]]): Rows from :func:`read_run` by the name to show.
-        out (str | Path): The image file; its suffix says the format.
+        runs (dict[str, list[dict]]): Rows from :func:`read_run` by displayed name.
+        out (str | Path): The image file; its suffix sets the format.
     """
     epochs = {name: iters_per_epoch(rows) for name, rows in runs.items()}
     by_epoch = all(epochs.values())
@@ -119,11 +120,11 @@ def draw(runs, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the tool with ``argv`` (default: the command line)."""
+    parser = tool_parser(__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='work directory of a run')
-    parser.add_argument('--out', default='log.png', help='image to write, with a number if it '
-                        'exists (default: log.png)')
+    parser.add_argument('--out', default='log.png', help='image to write; a number is appended if '
+                        'it exists (default: log.png)')
     args = parser.parse_args(argv)
     with user_errors():
         runs = {run.rstrip('/'): read_run(run) for run in args.runs}

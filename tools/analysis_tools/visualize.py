@@ -1,14 +1,13 @@
-"""Look inside a network: one page per image with where a patch looks and what it predicts.
+"""Visualize attention, features and predictions of a network, one figure per image.
 
     python tools/analysis_tools/visualize.py CONFIG CHECKPOINT IMAGE... [--query ROW COL] [--grid]
 
-Attention of a query patch, features as colours and, of a pretrained network, its prediction at
-the query, how well every patch is predicted, and the lift over copying. Classifiers and segmentors
-do not predict, so their pages have the first two. Files are read as the config reads them; of more
-than three channels the first three are shown as red, green and blue, one channel as grey, and
-values other than 8-bit are stretched from the smallest to the largest.
+Shows the attention of a query patch and features as colours; for a pretraining model also its
+prediction at the query, how well every patch is predicted, and the lift over copying. Classifiers
+and segmentors do not predict. Files are read as in the config. With more than three channels the
+first three are shown as red, green and blue; one channel is shown as grey. Values other than 8-bit
+are stretched from the smallest to the largest.
 """
-import argparse
 import math
 from pathlib import Path
 
@@ -20,8 +19,7 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image, ImageOps
 
 from nepa_mm import apis
-from nepa_mm.apis.cfg_options import add_cfg_options
-from nepa_mm.apis.channels import check_channels, color_type, preprocessing
+from nepa_mm.apis.channels import preprocessor_settings, type_name
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
 from nepa_mm.datasets.images import read_image, to_display_rgb
 from nepa_mm.models.vit import NEPAViT
@@ -36,46 +34,45 @@ SHEET = 16      # images on one contact sheet
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = apis.tool_parser(__doc__)
     parser.add_argument('config', help='config of pretraining, a classifier or a segmentor')
-    parser.add_argument('checkpoint', help='.pth or .safetensors file, folder with published '
-                        'weights, or hf://owner/name[@revision]')
+    parser.add_argument('checkpoint', help=apis.CHECKPOINT_HELP)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
     parser.add_argument('--query', nargs=2, type=int, metavar=('ROW', 'COL'),
                         help='query patch, from 0 (default: a random one in each image)')
-    parser.add_argument('--seed', type=int, default=0, help='of random queries (default: 0)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of random queries (default: 0)')
     parser.add_argument('--layers', nargs='+', type=int, metavar='L',
                         help='layers whose attention is averaged, from 0 or from the end '
                         '(default: the first two thirds, 0 to 15 of ViT-L as in the paper)')
     parser.add_argument('--heads', nargs='+', type=int, metavar='H',
-                        help='heads that are averaged, from 0 (default: all)')
+                        help='heads to average, from 0 (default: all)')
     parser.add_argument('--rollout', action='store_true',
                         help='follow attention through these layers instead of averaging them')
     parser.add_argument('--block', type=int,
-                        help='block whose features become colours, from 0 or from the end '
+                        help='block whose features are shown as colours, from 0 or from the end '
                         '(default: the last of the first two thirds)')
-    parser.add_argument('--size', type=int, help='short side of what the model sees in pixels, '
+    parser.add_argument('--size', type=int, help='short side of the model input in pixels, '
                         "rounded to whole patches (default: the config's training crop)")
     parser.add_argument('--grid', action='store_true',
                         help=f'also write contact sheets of up to {SHEET} images')
-    parser.add_argument('--out-dir', default='visualization', help='where pictures go')
+    parser.add_argument('--out-dir', default='visualization', help='where figures go (default: '
+                        'visualization)')
     add_weights_argument(parser)
     parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
-    add_cfg_options(parser)
+    apis.add_cfg_options(parser)
     return parser.parse_args(argv)
 
 
 def build_backbone(cfg, args):
-    """The backbone of the config's model with the checkpoint's weights, and which they are."""
+    """Build the config's backbone with the checkpoint's weights; return it and the set used."""
     backbone = (cfg.get('model') or {}).get('backbone') or {}
-    if str(backbone.get('type')).rpartition('.')[2] != NEPAViT.__name__:
-        raise ValueError(f'{args.config} has no model with a NEPAViT as backbone, but '
+    if type_name(backbone) != NEPAViT.__name__:
+        raise ValueError(f'The backbone in {args.config} must be a NEPAViT, got '
                          f'{backbone.get("type")}.')
     if backbone.get('scan', 'raster') != 'raster':
-        raise ValueError(f'{args.config} reads patches in scan order {backbone["scan"]!r}; the '
-                         "pictures are made for 'raster' only.")
-    backbone.pop('init_cfg', None)      # the checkpoint has all of it
+        raise ValueError(f'{args.config} reads patches in scan order {backbone["scan"]!r}; '
+                         "figures support 'raster' only.")
+    backbone.pop('init_cfg', None)      # the checkpoint has all weights
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     backbone = MODELS.build(backbone)
     weights, _ = load_strict(backbone, args.checkpoint, prefix='backbone.', weights=args.weights)
@@ -83,7 +80,7 @@ def build_backbone(cfg, args):
 
 
 def training_size(cfg):
-    """Short side of the crops that the config trains on; 224 if it does not say."""
+    """Return the short side of the config's training crops; 224 if it has none."""
     sizes = [step.get('crop_size', step.get('scale'))
              for step in dicts(cfg.get('train_dataloader') or {})]
     sizes = [np.min(size) for size in sizes if size is not None]
@@ -99,7 +96,7 @@ def fit_image(image, size, patch_size):
         patch_size (tuple[int, int]): Height and width of a patch in pixels.
 
     Returns:
-        ndarray: The same. What is left over, less than half a patch at either end, is cut off.
+        ndarray: The resized image. Less than half a patch is cropped at either end.
 
     Raises:
         ValueError: ``size`` is less than two patches.
@@ -117,16 +114,16 @@ def fit_image(image, size, patch_size):
 
 
 def load_image(path, cfg, size, patch_size):
-    """What the model sees of an image file, (height, width) or (height, width, C), BGR."""
+    """Read an image file at the model's input size: (height, width) or (height, width, C), BGR."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'There is no image {path}.')
-    return fit_image(read_image(path, color_type(cfg, 'test_dataloader', 'train_dataloader')),
+    return fit_image(read_image(path, apis.color_type(cfg, 'test_dataloader', 'train_dataloader')),
                      size, patch_size)
 
 
 def normalise(image, cfg, device):
-    """The image as the network's input (1, C, height, width)."""
-    settings = preprocessing(cfg)
+    """Return an image as the network's input (1, C, height, width)."""
+    settings = preprocessor_settings(cfg)
     image = np.atleast_3d(image)
     if image.shape[2] == 3 and (settings.get('to_rgb') or settings.get('bgr_to_rgb')):
         image = image[..., ::-1]
@@ -135,7 +132,7 @@ def normalise(image, cfg, device):
 
 
 def choose_query(query, path, grid, shift, rng):
-    """Index of the query patch; a random one predicts something."""
+    """Return the index of the query patch; a random one has a patch to predict."""
     if query is None:
         return int(rng.integers(grid[0] * grid[1] - (shift or 0)))
     if not all(0 <= i < n for i, n in zip(query, grid)):
@@ -144,16 +141,16 @@ def choose_query(query, path, grid, shift, rng):
     return query[0] * grid[1] + query[1]
 
 
-def resolve(indices, num, flag, from_end=True):
-    """Sorted indices below ``num``, each once."""
+def resolve_indices(indices, num, flag, from_end=True):
+    """Return sorted, unique indices below ``num``; negative ones count from the end."""
     for i in indices:
         if not -num * from_end <= i < num:
             raise ValueError(f'{flag} must be from {-num * from_end} to {num - 1}, got {i}.')
     return sorted({i % num for i in indices})
 
 
-def in_words(indices, num, noun):
-    """E.g. 'layers 0-7 of 12'."""
+def describe_indices(indices, num, noun):
+    """Return e.g. 'layers 0-7 of 12'."""
     if len(indices) == num:
         return f'all {noun}s'
     spans = f'{indices[0]}-{indices[-1]}'
@@ -163,18 +160,21 @@ def in_words(indices, num, noun):
 
 
 def main(argv=None):
+    """Run the tool with ``argv`` (default: the command line)."""
     args = parse_args(argv)
     matplotlib.use('Agg')
     with apis.user_errors():
         cfg = apis.load_config(args.config, args.cfg_options, reads=READS, unread=UNREAD)
-        check_channels(cfg)
+        apis.check_channels(cfg)
         apis.check_checkpoint(args.checkpoint, 'CHECKPOINT')
         backbone, weights = build_backbone(cfg, args)
         num_layers, num_heads = backbone.num_layers, backbone.layers[0].attn.num_heads
         first = range(max(num_layers * 2 // 3, 1))
-        layers = resolve(args.layers or first, num_layers, '--layers')
-        heads = resolve(args.heads or range(num_heads), num_heads, '--heads', from_end=False)
-        block, = resolve([first[-1] if args.block is None else args.block], num_layers, '--block')
+        layers = resolve_indices(args.layers or first, num_layers, '--layers')
+        heads = resolve_indices(
+            args.heads or range(num_heads), num_heads, '--heads', from_end=False)
+        block, = resolve_indices(
+            [first[-1] if args.block is None else args.block], num_layers, '--block')
         shift = cfg.model.head.get('shift', 1) if cfg.model.type == 'NEPA' else None
         patch_size = backbone.patch_embed.patch_size
         size = training_size(cfg) if args.size is None else args.size
@@ -191,8 +191,9 @@ def main(argv=None):
     source += f' ({weights} weights)'
     settings = dict(
         attention=f'{"rollout" if args.rollout else "mean"} over '
-                  f'{in_words(layers, num_layers, "layer")}, {in_words(heads, num_heads, "head")}',
-        pca=in_words([block], num_layers, 'block'))
+                  f'{describe_indices(layers, num_layers, "layer")}, '
+                  f'{describe_indices(heads, num_heads, "head")}',
+        pca=describe_indices([block], num_layers, 'block'))
     sheets = ['grid'] * (args.grid * math.ceil(len(images) / SHEET))
     pages = page_names([*args.images, *sheets], args.out_dir)
     titles = [Path(path).name for path in args.images]

@@ -1,14 +1,13 @@
-"""Store ImageNet at a smaller size once, so that training decodes fewer pixels in every epoch.
+"""Resize ImageNet once, so that training decodes fewer pixels in every epoch.
 
     python tools/dataset_converters/resize_imagenet.py data/imagenet data/imagenet256
         [--short-side 256]
 
-Folders and names stay. A second call goes on where the first one was stopped. Images that cannot
-be read are listed in TARGET/unreadable.txt. Other files are not copied. What is resized is written
-as LoadImageWithPillow reads it: upright, 8-bit colour or grey, 16-bit grey by its high byte,
-without transparency. Images that are small enough are copied as they are.
+Keeps folders and names. A second call resumes an interrupted one. Unreadable images are listed in
+TARGET/unreadable.txt. Other files are not copied. Resized images are written as LoadImageWithPillow
+reads them: upright, 8-bit colour or grey, the high byte of 16-bit grey, without transparency.
+Images that are small enough are copied unchanged.
 """
-import argparse
 import json
 import multiprocessing
 import os
@@ -24,22 +23,22 @@ from nepa_mm.utils.outputs import own_folder
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', type=Path, help='folder with images, in folders at will')
-    parser.add_argument('target', type=Path, help='where the smaller ones go')
-    parser.add_argument('--short-side', type=int, default=256, help='in pixels')
-    parser.add_argument('--quality', type=int, default=95, help='of the JPEGs, 1 to 95')
+    parser = apis.tool_parser(__doc__)
+    parser.add_argument('source', type=Path, help='folder with images, nested or not')
+    parser.add_argument('target', type=Path, help='where resized images go')
+    parser.add_argument('--short-side', type=int, default=256, help='in pixels (default: 256)')
+    parser.add_argument('--quality', type=int, default=95, help='of the JPEGs, 1 to 95 '
+                        '(default: 95)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
     return parser.parse_args(argv)
 
 
 def check(args):
-    """Refuse what cannot work, and a target that has images of another size."""
+    """Reject invalid arguments, and a target made with other settings."""
     if not args.source.is_dir():
         raise FileNotFoundError(f'There is no folder {args.source}.')
     if args.target.resolve().is_relative_to(args.source.resolve()):
-        raise ValueError(f'{args.target} is within {args.source}; give a target outside.')
+        raise ValueError(f'{args.target} is inside {args.source}; give a target outside.')
     if args.short_side < 1 or args.workers < 1 or not 1 <= args.quality <= 95:
         raise ValueError('--short-side and --workers must be positive and --quality 1 to 95, got '
                          f'{args.short_side}, {args.workers} and {args.quality}.')
@@ -54,7 +53,7 @@ def check(args):
 
 
 def find_images(source):
-    """Paths of all images, relative to ``source``, in order."""
+    """Return the sorted paths of all images, relative to ``source``."""
     images = [Path(folder, file).relative_to(source)
               for folder, _, files in os.walk(source, followlinks=True)
               for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
@@ -64,21 +63,21 @@ def find_images(source):
 
 
 def resize_one(path, args):
-    """Path and error of an image that cannot be read, or None."""
+    """Resize one image; return path and error if it cannot be read, else None."""
     try:
         resize_image(args.source / path, args.target / path, args.short_side, args.quality)
-    except (OSError, ValueError, SyntaxError) as error:     # what Pillow raises on broken files
+    except (OSError, ValueError, SyntaxError) as error:     # Pillow raises these on corrupt files
         return f'{path}: {error}'
 
 
 def main(argv=None):
-    """Run the tool with ``argv`` (default: the command line); return what was unreadable."""
+    """Run the tool with ``argv`` (default: the command line); return unreadable images."""
     args = parse_args(argv)
     with apis.user_errors():
         check(args)
         images = find_images(args.source)
     todo = [path for path in images if not (args.target / path).exists()]
-    print(f'{len(images)} images, {len(images) - len(todo)} of them done before')
+    print(f'{len(images)} images, {len(images) - len(todo)} of them already resized')
     unreadable = []
     if todo:
         bar = ProgressBar(len(todo))

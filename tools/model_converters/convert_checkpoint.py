@@ -1,4 +1,4 @@
-"""Convert published NEPA weights to ours, and ours to the published format; nothing is lost.
+"""Convert published NEPA weights to ours, and ours to the published format, without loss.
 
     python tools/model_converters/convert_checkpoint.py PUBLISHED DST.safetensors [--weights ema]
     python tools/model_converters/convert_checkpoint.py CHECKPOINT DST_FOLDER --to hf
@@ -6,11 +6,10 @@
         [--weights raw]
 
 PUBLISHED is a folder with config.json and weights, a weight file beside a config.json, or
-hf://owner/name[@revision]. A config file that tools/test.py takes is written beside
-DST.safetensors. In the other direction network, input and class names are those of --config, or
-those that the checkpoint records; the folder gets preprocessor_config.json, too.
+hf://owner/name[@revision]. A config file for tools/test.py is written beside DST.safetensors. With
+--to hf, network, input and class names come from --config or from the checkpoint; DST_FOLDER also
+gets a preprocessor_config.json.
 """
-import argparse
 import copy
 import json
 import re
@@ -53,21 +52,21 @@ BASES = dict(NEPA='pretrain/nepa_vit-b.py', b='classification/nepa_vit-b_ft_in1k
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('src', help='what to convert')
-    parser.add_argument('dst', help='what to write; it must not exist')
-    parser.add_argument('--to', choices=['mm', 'hf'], default='mm', help='format of DST')
+    parser = apis.tool_parser(__doc__)
+    parser.add_argument('src', help='weights to convert')
+    parser.add_argument('dst', help='file or folder to write; must not exist')
+    parser.add_argument('--to', choices=['mm', 'hf'], default='mm',
+                        help='format of DST: ours (default) or the published one')
     add_weights_argument(parser)
     parser.add_argument('--config', help='config of CHECKPOINT, for --to hf')
     parser.add_argument(
         '--fold-layer-scale', action='store_true',
-        help='multiply LayerScale into the projections; the outputs stay the same')
+        help='multiply LayerScale into the projections; outputs do not change')
     return parser.parse_args(argv)
 
 
 def read_config(src):
-    """``config.json`` beside published weights."""
+    """Read the ``config.json`` beside published weights."""
     if src.startswith('hf://'):
         file = Path(download(src, ['config.json']))
     else:
@@ -78,11 +77,11 @@ def read_config(src):
     try:
         return json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{file} is no JSON: {error}') from error
+        raise ValueError(f'{file} is not valid JSON: {error}') from error
 
 
 def report(pairs, new, dropped, arrow):
-    """Print what became of every tensor; one line for all blocks."""
+    """Print the mapping of every tensor, one line for all blocks."""
     rows = {}
     for ours, parts in pairs.items():
         published = parts[0].replace('.query.', '.{query,key,value}.')
@@ -97,10 +96,15 @@ def report(pairs, new, dropped, arrow):
 
 
 def config_text(model, config, src, images=None, labels=None):
-    """A config file for converted weights.
+    """Return the text of a config file for converted weights.
 
-    It evaluates as ``images``, an input of nepa_mm/apis/input_spec.py, says, or as the authors do,
-    and knows the class names ``labels``.
+    Args:
+        model (dict): The model config.
+        config (dict): The complete ``config.json``.
+        src (str): Source of the weights, for the docstring of the file.
+        images (dict, optional): Input spec (nepa_mm/apis/input_spec.py) of the evaluation. Defaults
+            to None: the authors' evaluation.
+        labels (list[str], optional): Class names. Defaults to None.
     """
     classifier = model['type'] == 'ImageClassifier'
     base = BASES['NEPA' if not classifier else 'l' if config['hidden_size'] == 1024 else 'b']
@@ -119,30 +123,26 @@ def config_text(model, config, src, images=None, labels=None):
     if labels and tuple(labels) != IMAGENET_CATEGORIES:
         for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
             cfg.setdefault(name, dict(dataset={}))['dataset']['metainfo'] = dict(classes=labels)
-    # mmengine evaluates this line first, and finds nepa_mm:: once it is imported
+    # mmengine evaluates this line first; importing nepa_mm registers nepa_mm::
     base = f"_base_ = [__import__('nepa_mm') and 'nepa_mm::{base}']"
     text = f'{f"Converted from {src}."!r}\n{base}\n\n{Config(cfg).pretty_text}'
-    return text.replace('{{', r'{\x7b')     # mmengine would put variables there, as they are
-
-
-def placeholders(classes):
-    """What transformers calls classes without a name."""
-    return [f'LABEL_{i}' for i in range(classes or 0)]
+    return text.replace('{{', r'{\x7b')     # mmengine would substitute variables
 
 
 def count_classes(state_dict):
-    """How many classes the classifier has, None for a network without one."""
+    """Return the number of classes, None for a network without a classifier."""
     return len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else None
 
 
 def to_mm(args):
+    """Write our weights and their config file."""
     if Path(args.dst).suffix != '.safetensors':
-        raise ValueError(f'DST of --to mm is a .safetensors file, got {args.dst}.')
+        raise ValueError(f'DST of --to mm must be a .safetensors file, got {args.dst}.')
     given = read_config(args.src)
     config = complete_config(given)
     missing = sorted(DEFAULTS.keys() - given.keys())
     if missing:
-        print('not in config.json, taken as the format says: '
+        print('Not in config.json, set to the defaults of the format: '
               + ', '.join(f'{key}={DEFAULTS[key]}' for key in missing))
     checkpoint = read_checkpoint(args.src, weights=args.weights)
     state_dict = select_weights(checkpoint, args.weights, args.src)
@@ -150,7 +150,7 @@ def to_mm(args):
     names = checkpoint.get('published_names')
     if names is None:
         raise ValueError(f'{args.src} holds no published NEPA weights: it has keys like '
-                         f'{", ".join(list(state_dict)[:3])}, and none below vit_nepa.')
+                         f'{", ".join(list(state_dict)[:3])}, but none below vit_nepa.')
     classes = count_classes(state_dict)
     model = model_cfg(config, classes)
     new = fit(state_dict, model)
@@ -158,7 +158,8 @@ def to_mm(args):
         state_dict = fold_layer_scale(state_dict)
         model['backbone']['layer_scale_init_value'] = None
     labels = [config.get('id2label', {}).get(str(i)) for i in range(classes or 0)]
-    if labels == placeholders(classes) or not all(isinstance(label, str) for label in labels):
+    unnamed = labels == [f'LABEL_{i}' for i in range(classes or 0)]     # as in transformers
+    if unnamed or not all(isinstance(label, str) for label in labels):
         labels = []
     kept = dict(dataset_meta=dict(classes=labels)) if labels else {}
     images = input_of(dict(input=checkpoint['meta'].get('input')))
@@ -170,39 +171,40 @@ def to_mm(args):
         save_weights(state_dict, dst, model=model, published=given, source=args.src,
                      weights=dict(state_dict=which), **kept)
     report(match_names(names, 'mm'), new, [name for name in names if name in DROPPED], '->')
-    print(f'wrote {dst}, the {which} weights, and {dst.with_suffix(".py")}')
+    print(f'Wrote {dst}, the {which} weights, and {dst.with_suffix(".py")}.')
 
 
 def set_image_size(config, images, backbone):
-    """Put the size of the network's real input into ``config``."""
+    """Set ``image_size`` of a published config to the size of the network's input."""
     size = size_of(images)
     if size is None:
-        raise ValueError('The test pipeline gives every image another size; image_size of a '
-                         'published config is one: a Resize to (width, height) or a CenterCrop '
-                         'sets it.')
+        raise ValueError('The test pipeline yields images of varying size, but a published config '
+                         'has one image_size: set it with a Resize to (width, height) or a '
+                         'CenterCrop.')
     padded = [side % patch for side, patch in zip(size, to_2tuple(backbone.get('patch_size', 14)))]
     if backbone.get('remainder') == 'pad' and any(padded):
         raise ValueError(f'remainder="pad" with images of {size} cannot be expressed in the '
-                         'published format, which drops what is no whole patch.')
+                         'published format, which drops incomplete patches.')
     if size != list(to_2tuple(config.get('image_size', DEFAULTS['image_size']))):
         config['image_size'] = size[0] if size[0] == size[1] else size
 
 
 def to_hf(args):
+    """Write a folder in the published format."""
     folder = Path(args.dst)
     if folder.exists():
-        raise FileExistsError(f'{folder} exists already; remove it or name another.')
+        raise FileExistsError(f'{folder} exists already; remove it or choose another name.')
     checkpoint = read_checkpoint(args.src, weights=args.weights)
     state_dict = select_weights(checkpoint, args.weights, args.src)
     which, meta = which_weights(checkpoint, args.weights), checkpoint['meta']
     cfg = (Config.fromfile(args.config).to_dict() if args.config
            else recorded_config(meta, args.src))
     if cfg.get('model') is None:
-        raise ValueError('The checkpoint does not record its config; give it by --config.')
+        raise ValueError('The checkpoint does not record its config; give it with --config.')
     model, classes = copy.deepcopy(cfg['model']), count_classes(state_dict)
     expected = (model.get('head') or {}).get('num_classes')
     if expected != classes:
-        raise ValueError(f'The config has a head for {expected} classes, and {args.src} for '
+        raise ValueError(f'The config has a head for {expected} classes, {args.src} for '
                          f'{classes}.')
     dropped = [key for key in state_dict if key in DROPPED]
     state_dict = {key: value for key, value in state_dict.items() if key not in DROPPED}
@@ -217,18 +219,18 @@ def to_hf(args):
     elif meta.get('published'):
         images = published_input(complete_config(config))
     else:
-        print(f'how images become its input is not recorded: image_size {config["image_size"]} is '
-              "the format's default; --config names it")
+        print(f'No input spec is recorded: image_size {config["image_size"]} is the default of the '
+              'format; --config provides the real one.')
     names = class_names(cfg, meta)
     if classes and names and len(names) == classes:
         kept['dataset_meta'] = dict(classes=names)
         if names != [config.get('id2label', {}).get(str(i)) for i in range(classes)]:
             config.update(id2label={str(i): name for i, name in enumerate(names)},
                           label2id={name: i for i, name in enumerate(names)})
-    # before anything is written
+    # may raise, hence before anything is written
     preprocessing = json.dumps(preprocessor_config(images), indent=2) if images else None
     new = fit(state_dict, model_cfg(config, classes))
-    # config.json comes last: a folder without it is refused wherever weights are read
+    # config.json comes last: readers of weights reject a folder without it
     save_weights(to_published(state_dict), folder / 'model.safetensors', for_transformers=True,
                  source=args.src, weights=dict(state_dict=which), **kept)
     if preprocessing:
@@ -237,11 +239,12 @@ def to_hf(args):
     with atomic_write(folder / 'config.json') as file:
         file.write_text(json.dumps(config, indent=2) + '\n')
     report(match_names(state_dict, 'hf'), new, dropped, '<-')
-    print(f'wrote {folder / "model.safetensors"}, the {which} weights, '
-          + 'preprocessor_config.json ' * bool(preprocessing) + 'and config.json')
+    print(f'Wrote {folder / "model.safetensors"}, the {which} weights, '
+          + 'preprocessor_config.json ' * bool(preprocessing) + 'and config.json.')
 
 
 def main(argv=None):
+    """Run the tool with ``argv`` (default: the command line)."""
     args = parse_args(argv)
     with apis.user_errors():
         (to_mm if args.to == 'mm' else to_hf)(args)

@@ -3,17 +3,16 @@
     python tools/model_converters/export.py CONFIG CHECKPOINT --format onnx [--size 224 224]
         [--out FILE]
 
-The rotary embedding becomes a constant. The input, `image`, is (batch, channels, height, width),
-normalised as the data preprocessor of the config does: (pixel - 127.5) / 127.5. The output,
-`output`, is what the model returns in mode 'tensor': logits of a classifier, score maps of a
-segmentor at the resolution of its decode head, features of a pretraining model. The file is
-written only if it agrees with PyTorch within 1e-4 of the largest value, for several batch sizes.
+The rotary embedding becomes a constant. The input `image` is (batch, channels, height, width),
+normalised like the config's data preprocessor: (pixel - 127.5) / 127.5. The output `output` is what
+the model returns in mode 'tensor': logits of a classifier, score maps of a segmentor at the
+resolution of its decode head, features of a pretraining model. The file is written only if it
+agrees with PyTorch within 1e-4 of the largest value, for several batch sizes.
 
-Its metadata (metadata_props of ONNX, the extra file `nepa_mm.json` of torch.export) are in JSON:
-`weights` ('ema' or 'raw'), `input_size`, `mean`, `std` and `channel_order`, and as far as they are
-known `classes` and, from the test pipeline, `resize`, `crop`, `interpolation` and `backend`.
+The metadata (metadata_props in ONNX, the extra file `nepa_mm.json` in torch.export) are JSON:
+`weights` ('ema' or 'raw'), `input_size`, `mean`, `std` and `channel_order`; if known, `classes`
+and, from the test pipeline, `resize`, `crop`, `interpolation` and `backend`.
 """
-import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -35,21 +34,20 @@ SUFFIXES = dict(onnx='.onnx', **{'torch-export': '.pt2'})
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = apis.tool_parser(__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='.pth or .safetensors file, folder with published '
-                        'weights, or hf://owner/name[@revision]')
-    parser.add_argument('--format', choices=list(SUFFIXES), default='onnx')
+    parser.add_argument('checkpoint', help=apis.CHECKPOINT_HELP)
+    parser.add_argument('--format', choices=list(SUFFIXES), default='onnx',
+                        help='(default: onnx)')
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='of the images, in '
-                        'pixels (default: what the test pipeline gives, or 224 224)')
+                        'pixels (default: the output size of the test pipeline, or 224 224)')
     add_weights_argument(parser)
-    parser.add_argument('--out', help='the file; default: <config name>_<H>x<W>.onnx or .pt2')
+    parser.add_argument('--out', help='file to write (default: <config name>_<H>x<W>.onnx or .pt2)')
     return parser.parse_args(argv)
 
 
 class ConstantRotaryEmbedding(nn.Module):
-    """Sine and cosine for one grid, in place of the module that computes them."""
+    """Constant sine and cosine for one grid; replaces the module that computes them."""
 
     def __init__(self, sin, cos):
         super().__init__()
@@ -61,7 +59,7 @@ class ConstantRotaryEmbedding(nn.Module):
 
 
 class TensorMode(nn.Module):
-    """A model of OpenMMLab as a function of the image alone."""
+    """Wrap an OpenMMLab model as a function of the image only."""
 
     def __init__(self, model):
         super().__init__()
@@ -73,12 +71,12 @@ class TensorMode(nn.Module):
 
 
 def describe(cfg, args):
-    """Size of the image, and the metadata but for the weights."""
+    """Return [height, width] of the image and the metadata without ``weights``."""
     try:
         images = input_of(cfg)
     except ValueError as error:
         images = None
-        print(f'only mean, std and channel order go along: {error}')
+        print(f'The metadata hold mean, std and channel order only: {error}')
     size = args.size or (size_of(images) if images else None) or [224, 224]
     meta = dict(input_size=size) | (images or pixels_of(cfg))
     names = class_names(cfg, read_checkpoint(args.checkpoint, weights=args.weights)['meta'])
@@ -86,10 +84,10 @@ def describe(cfg, args):
 
 
 def build(cfg, args, size):
-    """The network with its weights and which they are, its rotary embedding fixed, and an image."""
+    """Return the network with a constant rotary embedding, a test batch, and the set of weights."""
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     for node in dicts(cfg.model):
-        node.pop('init_cfg', None)      # the checkpoint has all of it
+        node.pop('init_cfg', None)      # the checkpoint has all weights
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'
     model = MODELS.build(cfg.model).eval()
@@ -102,7 +100,7 @@ def build(cfg, args, size):
 
 
 def export_onnx(model, image, file, meta):
-    """Write the ONNX file; return how to run it."""
+    """Write the ONNX file; return a function that runs it."""
     program = torch.onnx.export(
         model, (image,), dynamo=True, dynamic_shapes=dict(image={0: torch.export.Dim('batch')}),
         input_names=['image'], output_names=['output'], verbose=False)
@@ -114,7 +112,7 @@ def export_onnx(model, image, file, meta):
 
 
 def export_torch(model, image, file, meta):
-    """Write the torch.export file; return how to run it."""
+    """Write the torch.export file; return a function that runs it."""
     program = torch.export.export(
         model, (image,), dynamic_shapes=dict(image={0: torch.export.Dim('batch')}))
     torch.export.save(program, file, extra_files={'nepa_mm.json': json.dumps(meta)})
@@ -122,12 +120,13 @@ def export_torch(model, image, file, meta):
 
 
 def export(args):
+    """Write the file and compare its output with PyTorch's."""
     if args.format == 'onnx':
         missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime')
                    if importlib.util.find_spec(name) is None]
         if missing:
-            raise ValueError(f'ONNX export needs {", ".join(missing)}, not installed here; '
-                             f'type: pip install {" ".join(missing)}')
+            raise ValueError(f'ONNX export needs {", ".join(missing)}; '
+                             f'run: pip install {" ".join(missing)}')
     cfg = Config.fromfile(args.config)
     apis.check_checkpoint(args.checkpoint, 'CHECKPOINT')
     (height, width), meta = describe(cfg, args)
@@ -135,8 +134,8 @@ def export(args):
     with torch.no_grad(), atomic_write(out) as file:
         model, image, meta['weights'] = build(cfg, args, (height, width))
         if not isinstance(model(image[:1]), torch.Tensor):
-            raise ValueError('A model with several outputs cannot be exported; give out_indices '
-                             'a single block.')
+            raise ValueError('A model with several outputs cannot be exported; set out_indices '
+                             'to a single block.')
         run = (export_onnx if args.format == 'onnx' else export_torch)(
             model, image, file, meta)
         error = 0.
@@ -147,13 +146,14 @@ def export(args):
         if not error < TOLERANCE:
             raise ValueError(f'The exported network differs from PyTorch by {error:.1e} of the '
                              f'largest value, more than {TOLERANCE}; nothing was written.')
-    print(f'wrote {out}: the {meta["weights"]} weights of {args.checkpoint}, '
+    print(f'Wrote {out}: the {meta["weights"]} weights of {args.checkpoint}, '
           f'image (batch, {image.shape[1]}, {height}, {width}) -> '
           f'{("batch", *expected.shape[1:])}; largest difference from PyTorch '
           f'{error:.1e} of the largest value')
 
 
 def main(argv=None):
+    """Run the tool with ``argv`` (default: the command line)."""
     args = parse_args(argv)
     with apis.user_errors():
         export(args)

@@ -1,13 +1,12 @@
-"""Make a checkpoint fit for giving away: weights only, named by date and hash.
+"""Reduce a checkpoint for publication: weights only, named by date and hash.
 
     python tools/model_converters/publish_model.py work_dirs/nepa_vit-b/epoch_1600.pth nepa_vit-b
         [--weights raw]
 
-writes nepa_vit-b_{YYYYMMDD}-{first 8 characters of the SHA-256}.safetensors. Optimizer,
-schedules, message hub and the other set of weights stay behind; the config of the model, how
-images become its input, the class names and which weights these are go along.
+Writes nepa_vit-b_{YYYYMMDD}-{first 8 characters of the SHA-256}.safetensors. Keeps the model
+config, the input spec, the class names and the name of the set of weights. Drops optimizer,
+schedules, message hub and the other set of weights.
 """
-import argparse
 import datetime
 from pathlib import Path
 
@@ -20,8 +19,7 @@ from nepa_mm.checkpoints.recorded import recorded_config
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = apis.tool_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file of a run')
     parser.add_argument('out_prefix', help='path and name of the file, without date and suffix')
     add_weights_argument(parser)
@@ -39,19 +37,20 @@ def publish(args):
         kept['model'] = config['model']
         try:
             kept['input'] = input_of(config)
-        except ValueError as error:     # the weights are worth giving away all the same
-            print(f'how images become its input is not recorded: {error}')
+        except ValueError as error:     # the weights are useful without it
+            print(f'The input spec is not recorded: {error}')
     kept = {key: value for key, value in kept.items() if value is not None}
     which = which_weights(checkpoint, args.weights)
     draft = Path(f'{args.out_prefix}_draft.safetensors')
     save_weights(state_dict, draft, weights=dict(state_dict=which), **kept)
     final = f'{args.out_prefix}_{datetime.date.today():%Y%m%d}-{sha256(draft)[:8]}.safetensors'
-    draft.rename(final)     # the content names it: what may be there already is the same
-    print(f'wrote {final}: the {which} weights, {len(state_dict)} tensors')
+    draft.rename(final)     # the hash is in the name: an existing file has the same content
+    print(f'Wrote {final}: the {which} weights, {len(state_dict)} tensors.')
     return final
 
 
 def main(argv=None):
+    """Run the tool with ``argv`` (default: the command line) and return the path."""
     args = parse_args(argv)
     with apis.user_errors():
         return publish(args)

@@ -1,6 +1,6 @@
 """ImageNet-1K for fine-tuning, 128 images per GPU, and the centre crop of 256 for evaluation.
 
-Random erasing, Mixup and CutMix follow after the normalisation, in the data preprocessor.
+The data preprocessor applies random erasing, Mixup and CutMix after the normalisation.
 """
 train_pipeline = [
     dict(type='LoadImageWithPillow'),

@@ -1,7 +1,7 @@
 """ImageNet-1K, 256 images per GPU: random resized crop and flip, nothing else.
 
-The crop takes 8 to 100 % of the area and is resized bilinearly; Pillow does it with
-antialiasing, as torchvision does in the reference. Fine-tuning crops bicubically.
+The crop covers 8 to 100 % of the area and is resized bilinearly by Pillow with antialiasing, like
+torchvision in the reference. Fine-tuning uses bicubic crops.
 """
 train_pipeline = [
     dict(type='LoadImageWithPillow'),

@@ -1,8 +1,7 @@
 """imagenet_pretrain.py with JPEGs decoded, cropped and resized on the GPU: same crops and flips.
 
-Takes its place in the ``_base_`` of a pretraining config. Experimental, for it was not run on a
-GPU yet. Pixels are nvJPEG's and may differ from Pillow's. Without a GPU the CPU decodes, in the
-main process.
+Use it instead of that file in ``_base_`` of a pretraining config. Experimental: not yet run on a
+GPU. nvJPEG's pixels may differ from Pillow's. Without a GPU the CPU decodes in the main process.
 """
 _base_ = ['imagenet_pretrain.py']
 

@@ -7,8 +7,9 @@ Changes:  optim_wrapper.paramwise_cfg.layer_decay_rate=0.65
           param_scheduler.final_decay_rate=None
 Command:  tools/dist_train.sh configs/classification/ablations/nepa_vit-b_ft-paper_fixed-decay.py 8
 
-The other row, rising from 0.35 to 1, is the parent (published: 83.8 %). All layers warm up over 5
-epochs; the released recipe, constant as well, differs in that (nepa_vit-b_ft_in1k.py).
+The row with decay rising from 0.35 to 1 is the parent config (published: 83.8 %). All layers warm
+up over 5 epochs. The released recipe, also with constant decay, has a warmup for every layer
+(nepa_vit-b_ft_in1k.py).
 """
 _base_ = ['../nepa_vit-b_ft-paper_in1k.py']
 

@@ -8,8 +8,8 @@ Changes:  model.backbone.gated_mlp=False
           model.backbone.init_cfg.checkpoint=work_dirs/nepa_vit-b/epoch_1600.pth
 Command:  tools/dist_train.sh configs/classification/ablations/nepa_vit-b_ft-paper_gelu.py 8
 
-The other row, SwiGLU, is the parent (published: 83.8 %). The paper tuned learning rate and decay
-lightly for this row, to values that it does not state; here they are the parent's.
+The SwiGLU row is the parent config (published: 83.8 %). The paper tuned learning rate and decay
+lightly for this row and does not state the values; here they are those of the parent.
 """
 _base_ = ['../nepa_vit-b_ft-paper_in1k.py']
 

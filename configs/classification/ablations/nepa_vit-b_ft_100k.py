@@ -6,8 +6,8 @@ Cost:     that of nepa_vit-b_ft-paper_in1k.py.
 Changes:  model.backbone.init_cfg.checkpoint=work_dirs/nepa_vit-b_100k/epoch_160.pth
 Command:  tools/dist_train.sh configs/classification/ablations/nepa_vit-b_ft_100k.py 8
 
-The paper fine-tunes its ablations by the settings of its appendix D; the epochs are not stated,
-here 100 as for ViT-B.
+The paper fine-tunes its ablations with the settings of its appendix D. The epochs are not stated;
+here 100, as for ViT-B.
 """
 _base_ = ['../nepa_vit-b_ft-paper-causal_in1k.py']
 

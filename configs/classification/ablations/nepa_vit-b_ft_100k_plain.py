@@ -7,7 +7,8 @@ Changes:  model.backbone.layer_scale_init_value=None
           model.backbone.init_cfg.checkpoint=work_dirs/nepa_vit-b_100k_plain/epoch_160.pth
 Command:  tools/dist_train.sh configs/classification/ablations/nepa_vit-b_ft_100k_plain.py 8
 
-Whether the patch embedding was frozen in this row is not stated; here it is, as in all others.
+The paper does not state whether this row froze the patch embedding; here it is frozen, as in all
+other rows.
 """
 _base_ = ['./nepa_vit-b_ft_100k_ls.py']
 

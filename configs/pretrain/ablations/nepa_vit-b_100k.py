@@ -13,9 +13,9 @@ Command:  tools/dist_train.sh configs/pretrain/ablations/nepa_vit-b_100k.py 8
 
 Fine-tuning: configs/classification/ablations/nepa_vit-b_ft_100k.py
 
-160 epochs are 100,160 steps. The paper states batch, steps and the lr rule. Not stated, and assumed
-here: ViT-B with patches of 14; a whole cosine over these steps, not the start of a longer one; the
-same share of warmup as in the full recipe (2.5 %).
+160 epochs are 100,160 steps. The paper states batch, steps and the lr rule. Assumed here, not
+stated: ViT-B with patches of 14; a full cosine over these steps, not the start of a longer one; the
+same fraction of warmup as in the full recipe (2.5 %).
 """
 _base_ = ['../nepa_vit-b_swiglu.py']
 

@@ -7,7 +7,8 @@ Changes:  model.backbone.rope_theta=None
           model.backbone.use_abs_pos_emb=True
 Command:  tools/dist_train.sh configs/pretrain/ablations/nepa_vit-b_100k_ls.py 8
 
-The paper says learnable; added to the patches at the input of the first block, not to the targets.
+The position embedding is learnable (paper), and added to the input of the first block, not to the
+targets.
 
 Fine-tuning: configs/classification/ablations/nepa_vit-b_ft_100k_ls.py
 """

@@ -10,7 +10,7 @@ Command:  tools/dist_train.sh configs/pretrain/ablations/nepa_vit-b_50k.py 8
 
 Fine-tuning: configs/classification/ablations/nepa_vit-b_ft_50k.py
 
-80 epochs are 50,080 steps. Which network Table 1a used is not stated; this is the paper's own.
+80 epochs are 50,080 steps. The paper does not state the network of Table 1a; this is its main one.
 """
 _base_ = ['./nepa_vit-b_100k.py']
 

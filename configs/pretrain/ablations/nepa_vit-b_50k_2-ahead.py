@@ -1,4 +1,4 @@
-"""NEPA that predicts the patch after the next one.
+"""NEPA predicting the patch after the next one.
 
 Paper:    none; beyond the paper.
 Expected: unknown, not run here.

@@ -1,4 +1,4 @@
-"""NEPA with the class token out of the loss: patches are predicted from patches only.
+"""NEPA without the class token in the loss: patches are predicted from patches only.
 
 Paper:    none; beyond the paper.
 Expected: unknown, not run here.

@@ -6,7 +6,7 @@ Cost:     that of nepa_vit-b_50k.py.
 Changes:  model.backbone.causal=False
 Command:  tools/dist_train.sh configs/pretrain/ablations/nepa_vit-b_50k_no-causal.py 8
 
-Whether this row was fine-tuned with the mask on or off is not stated.
+The paper does not state whether this row was fine-tuned with the mask on or off.
 
 Fine-tuning: configs/classification/ablations/nepa_vit-b_ft_50k.py with
   model.backbone.init_cfg.checkpoint=work_dirs/nepa_vit-b_50k_no-causal/epoch_80.pth

@@ -1,4 +1,4 @@
-"""NEPA without stop-gradient: the embedding is trained as a target, too.
+"""NEPA without stop-gradient: the loss also trains the embedding as a target.
 
 Paper:    arXiv 2512.16922, Table 1a, no stop-gradient.
 Expected: fail (published): the loss goes to -1, all embeddings become equal. Not run here.

@@ -1,4 +1,4 @@
-"""NEPA that reads the patches in one fixed random order.
+"""NEPA with one fixed random order of the patches.
 
 Paper:    none; beyond the paper.
 Expected: unknown, not run here.
@@ -6,7 +6,7 @@ Cost:     that of nepa_vit-b_50k.py.
 Changes:  model.backbone.scan=random
 Command:  tools/dist_train.sh configs/pretrain/ablations/nepa_vit-b_50k_scan-random.py 8
 
-Row by row, 'raster', is nepa_vit-b_50k.py. Fine-tuning needs the same scan: give also
+nepa_vit-b_50k.py reads row by row ('raster'). Fine-tuning needs the same scan: add
 model.backbone.scan=random.
 
 Fine-tuning: configs/classification/ablations/nepa_vit-b_ft_50k.py with
