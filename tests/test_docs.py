@@ -52,7 +52,7 @@ def broken_links(text, folder):
 def missing_paths(text):
     found = [path for part in code(text) for path in PATH.findall(part)]
     found += [f'configs/{a or b}' for part in code(text) for a, b in BASE.findall(part)]
-    return [path for path in found if not list(REPO.glob(path))]
+    return [path for path in found if 'NAME' not in path and not list(REPO.glob(path))]
 
 
 @cache

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from nepa_mm import peers
+import peers
 from nepa_mm.engine.hooks import ModelEMAHook
 from nepa_mm.engine.hooks.deferred_runtime_info import DeferredHistory
 from nepa_mm.models import vit as backbone

@@ -34,7 +34,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DROPPED = ('vit_nepa.embeddings.mask_token', 'mask_token')
 
 
-def _rename(key, names):
+def rename(key: str, names: dict[str, str]) -> str:
     """Rename by a table of templates; keeps the block's number, and ``.weight`` or ``.bias``."""
     for source, target in names.items():
         match = re.fullmatch(re.escape(source).replace(r'\{\}', r'(\d+)') + r'(\.weight|\.bias|)',
@@ -66,19 +66,19 @@ def match_names(keys: Iterable[str], to: str) -> dict[str, list[str]]:
     if to == 'hf':
         back = {v: k for k, v in names.items()}
         query = {QKV[1]: QKV[0]}
-        return {key: [_rename(key, query).replace('.query.', f'.{part}.') for part in PARTS]
-                if '.attn.qkv.' in key else [_rename(key, back)] for key in keys}
+        return {key: [rename(key, query).replace('.query.', f'.{part}.') for part in PARTS]
+                if '.attn.qkv.' in key else [rename(key, back)] for key in keys}
     pairs = {}
     for key in keys:
         qkv = re.search(r'\.attention\.attention\.(query|key|value)\.', key)
         if not qkv:
-            pairs[_rename(key, names)] = [key]
+            pairs[rename(key, names)] = [key]
             continue
         parts = [key.replace(f'.{qkv[1]}.', f'.{part}.') for part in PARTS]
         missing = [part for part in parts if part not in keys]
         if missing:
             raise ValueError(f'The tensor {missing[0]} is missing beside {key}.')
-        pairs[_rename(parts[0], dict([QKV]))] = parts
+        pairs[rename(parts[0], dict([QKV]))] = parts
     return pairs
 
 
