@@ -88,10 +88,13 @@ def test_size_of_a_jpeg(tmp_path, mode, options):
 
 def test_pillow_sees_no_plain_jpeg(tmp_path, monkeypatch):
     """Its decoder would be correct, and slow without a word."""
-    monkeypatch.setattr(crops, 'decode_image', None)
-    for mode in ('RGB', 'L'):
-        photo((100, 75)).convert(mode).save(tmp_path / 'image.jpg')
-        draw(tmp_path / 'image.jpg', 'bilinear', True)
+    decoded, decode_image = [], crops.decode_image
+    monkeypatch.setattr(crops, 'decode_image',
+                        lambda *args: decoded.append(name) or decode_image(*args))
+    for mode, name in (('RGB', 'rgb.jpg'), ('L', 'grey.jpg'), ('RGB', 'rgb.png')):
+        photo((100, 75)).convert(mode).save(tmp_path / name)
+        draw(tmp_path / name, 'bilinear', True, num=1)
+    assert decoded == ['rgb.png']
 
 
 def test_bad_interpolation():

@@ -1,4 +1,6 @@
 """k-NN against numpy, features against the backbone, and the tool."""
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -56,9 +58,15 @@ def test_features(digits, feature, block):
 
 
 def test_accuracy_of_known_answers(digits):
-    """Its own bank is answered perfectly with one neighbour; shuffled labels are not."""
+    """One neighbour in the own bank gives the bank's label: right, or wrong where those are."""
     model, loader = digits
     assert knn_accuracy(model, loader, loader, k=1) == dict(top1=100, top5=100)
+    wrong = list(loader)
+    for sample in chain(*(batch['data_samples'] for batch in wrong)):
+        sample.set_gt_label((sample.gt_label + (sample.gt_label < 3)) % 10)
+    right = np.mean([label >= 3 for label in extract_features(model, loader)[1]])
+    assert 0 < right < 1
+    assert knn_accuracy(model, wrong, loader, k=1)['top1'] == pytest.approx(100 * right)
 
 
 def test_refusals(digits):

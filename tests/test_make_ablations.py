@@ -67,10 +67,11 @@ def test_short_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, 'FINETUNE_EPOCHS', 9)
     monkeypatch.setattr(tool, 'DRAWS', 1)
     monkeypatch.setattr(tool, 'run_all', in_process)
-    monkeypatch.setattr(tool, 'check', lambda results: ['The copy hid.'])
     assert tool.main(['--work-dir', str(tmp_path / 'out'), '--epochs', '1', '--seeds', '1']) is True
     saved = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert set(saved['rows']) == {*tool.ROWS, tool.SCRATCH}
+    problems = tool.check(saved['rows'])
+    assert problems == saved['problems'] and any('full, seed 0' in line for line in problems)
     assert saved['rows']['full'][0]['iterations'] == [21]
     # the rows really differ: without shift, the output is the patch just read from the start
     assert saved['rows']['no shift'][0]['copy_cosine'][-1] > 0.9
@@ -78,10 +79,11 @@ def test_short_run(tmp_path, monkeypatch, capsys):
     assert min(Image.open(tmp_path / 'out' / 'monitors.png').size) > 300
     printed, written = capsys.readouterr().out, (tmp_path / 'out' / 'results.md').read_text()
     for text in (printed, written):
-        assert 'The copy hid.' in text and 'no causal mask' in text and '73.6' in text
-    monkeypatch.setattr(tool, 'run_all', lambda *args: saved['rows'])
-    monkeypatch.setattr(tool, 'check', lambda results: [])
+        assert 'no causal mask' in text and '73.6' in text
+        assert all(line in text for line in problems)
+    monkeypatch.setattr(tool, 'run_all', lambda *args: made_up())
     assert tool.main(['--work-dir', str(tmp_path / 'again')]) is False
+    assert 'No causal mask: no monitor shows the failure' in capsys.readouterr().out
 
 
 def in_process(epochs, seeds, work_dir, report):

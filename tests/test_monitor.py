@@ -13,6 +13,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from nepa_mm.engine.hooks import NEPAMonitorHook, ThroughputHook, throughput
@@ -277,12 +278,21 @@ def test_throughput_of_a_made_up_clock(monkeypatch):
     assert logged['mfu'] == pytest.approx([24 / 13 * flops / 1e6, 2 * flops / 1e6])
 
 
-def test_measured_peak():
-    """The rate is size, count and time of the products; the random state stays."""
+def test_measured_peak(monkeypatch):
+    """The operations of the product that took the least time; the random state stays."""
+    clock, seconds = SimpleNamespace(now=0.), iter([3, 2, 4])
+
+    class ProductsTakeTime(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                clock.now += next(seconds)
+            return func(*args, **kwargs or {})
+
+    monkeypatch.setattr(throughput.time, 'perf_counter', lambda: clock.now)
     before = torch.get_rng_state()
-    with mock.patch.object(throughput.time, 'perf_counter', side_effect=[0, 2, 5, 6, 7, 9]):
-        assert throughput.peak_flops(torch.float32, 'cpu', repeats=1) == 2 * 1024 ** 3
-    assert torch.equal(before, torch.get_rng_state())
+    with ProductsTakeTime():
+        assert throughput.peak_flops(torch.float32, 'cpu', repeats=1) == 2 * 1024 ** 3 / 2
+    assert clock.now == 9 and torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize('hook, options', [

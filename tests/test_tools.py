@@ -204,9 +204,14 @@ def test_missing_ade20k_says_its_layout():
 
 
 def test_data_sets_without_a_folder_are_left_alone():
-    for dataset in (dict(type='CIFAR10', data_root='nowhere', split='train'), dict(type='Digits'),
-                    dict(type='ImageNet', data_root='s3://bucket', split='train')):
+    def check(**dataset):
         check_data(Config(dict(val_dataloader=dict(dataset=dataset))), 'val_dataloader')
+
+    check(type='CIFAR10', data_root='nowhere', split='train')
+    check(type='Digits')
+    check(type='ImageNet', data_root='s3://bucket', split='train')
+    with pytest.raises(FileNotFoundError, match="'nowhere"):
+        check(type='ImageNet', data_root='nowhere', split='train')
 
 
 def test_scripts_print_the_sentence_and_no_traceback(folder):
