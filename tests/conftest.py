@@ -1,4 +1,5 @@
 """What several test files share: the package, tiny networks, made-up images."""
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 from PIL import Image
+from yapf.yapflib import yapf_api
 
 import nepa_mm  # noqa: F401  (registers everything)
 
@@ -18,6 +20,28 @@ def smooth_images(num, size=224, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(num, 3, 8, 8, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=(size, size), mode='bicubic').clamp(-1, 1)
+
+
+def pytest_collection_finish():
+    """mmengine collects garbage for every data set: not among all that has been imported."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope='session', autouse=True)
+def texts_are_formatted_once():
+    """mmengine formats the text of a config five times a run."""
+    format_code, known = yapf_api.FormatCode, {}
+
+    def cached(text, **style):
+        key = text, repr(style)
+        if key not in known:
+            known[key] = format_code(text, **style)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yapf_api, 'FormatCode', cached)
+        yield
 
 
 @pytest.fixture(autouse=True)
