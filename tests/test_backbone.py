@@ -144,6 +144,12 @@ def test_rope_augmentation():
     assert 0.5 <= draws.min() < 0.51 and 1.98 < draws.max() <= 2
     logs = draws.log2()
     assert abs(logs.mean()) < 0.05 and abs(logs.std() - 1 / math.sqrt(3)) < 0.02
+    shifts, jitters = zip(*(RotaryEmbedding(8, shift=0.5, jitter=4., rescale=None).draw('cpu')[:2]
+                            for _ in range(1000)))
+    shifts, jitters = torch.stack(shifts), torch.stack(jitters)     # one draw per axis
+    assert shifts.min() < -0.49 and shifts.max() > 0.49 and shifts.abs().max() <= 0.5
+    assert jitters.min() < 0.26 and jitters.max() > 3.9 and jitters.log().abs().max() <= math.log(4)
+    assert (shifts[:, 0] != shifts[:, 1]).all() and (jitters[:, 0] != jitters[:, 1]).all()
     fixed = rope.eval()((4, 4), 0, 'cpu')[0]
     assert torch.equal(fixed, rope((4, 4), 0, 'cpu')[0])
     assert not torch.equal(fixed, rope.train()((4, 4), 0, 'cpu')[0])
@@ -216,12 +222,14 @@ def test_frozen_stages(frozen, trained):
         assert torch.equal(model(image)[0], model(image)[0])
 
 
-def test_checkpointing_gives_the_same_gradients():
+def test_checkpointing_computes_blocks_again_for_the_same_gradients():
     image, gradients = torch.randn(2, 3, 28, 28), []
     for with_cp in (False, True):
-        model = vit(with_cp=with_cp, rope_rescale=None).train()
+        model, calls = vit(with_cp=with_cp, rope_rescale=None).train(), []
+        model.layers[1].attn.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         model(image)[0].square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
+        assert len(calls) == 1 + with_cp
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 

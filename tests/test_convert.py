@@ -193,6 +193,10 @@ def test_fold_layer_scale(published, tmp_path):
     config = json.loads((tmp_path / 'c' / 'config.json').read_text())
     assert config['layerscale_value'] is None and config['id2label'] == {'0': 'cat', '1': 'dog'}
     assert not [key for key in load_file(tmp_path / 'c' / 'model.safetensors') if 'lambda' in key]
+    convert([str(folder), str(tmp_path / 'd.safetensors')])
+    convert([str(tmp_path / 'd.safetensors'), str(tmp_path / 'e'), '--to', 'hf',
+             '--fold-layer-scale'])
+    assert_equal(*(load_file(tmp_path / name / 'model.safetensors') for name in 'ce'))
     with pytest.raises(ValueError, match='no LayerScale to fold'):
         fold_layer_scale(read_checkpoint(tmp_path / 'b.safetensors')['state_dict'])
 

@@ -153,6 +153,16 @@ def test_resize(imagenet, tmp_path, capsys):
     assert '5 images in' in capsys.readouterr().out
 
 
+def test_quality_of_resized_jpegs(imagenet, tmp_path):
+    sizes = []
+    for quality in (95, 30):
+        args = tool.parse_args([str(imagenet), str(tmp_path / f'{quality}'), '--short-side', '50',
+                                '--quality', f'{quality}'])
+        assert tool.resize_one('train/n01/wide.JPEG', args) is None
+        sizes.append((args.target / 'train/n01/wide.JPEG').stat().st_size)
+    assert sizes[1] < 0.5 * sizes[0]
+
+
 def test_resize_goes_on(imagenet, tmp_path, monkeypatch, capsys):
     """A stopped run left an image, and half of one; only what is missing is made."""
     target = tmp_path / 'small'

@@ -88,9 +88,10 @@ def test_tool(digits, tmp_path, capsys):
     accuracy = main(argv)
     line = capsys.readouterr().out.strip().split('\n')[-1]
     assert '5-NN on last_token of block 1 of 4' in line and f'{accuracy["top1"]:.2f} %' in line
-    for config, checkpoint, message in (
-            (FINETUNE, 'nowhere.pth', "no checkpoint file 'nowhere.pth'"),
-            (FINETUNE.with_name('digits_pretrain.py'), argv[1], 'no labelled train_dataloader')):
+    for (config, checkpoint, *flags), message in (
+            ((FINETUNE, 'nowhere.pth'), "no checkpoint file 'nowhere.pth'"),
+            ((FINETUNE.with_name('digits_pretrain.py'), argv[1]), 'no labelled train_dataloader'),
+            ((FINETUNE, argv[1], '--temperature', '0'), 'positive, got 20 and 0.0')):
         with pytest.raises(SystemExit):
-            main([str(config), checkpoint])
+            main([str(config), checkpoint, *flags])
         assert message in capsys.readouterr().err

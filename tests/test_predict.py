@@ -7,6 +7,7 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmpretrain import FeatureExtractor, ImageClassificationInferencer
+from PIL import Image
 
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
 
@@ -62,7 +63,9 @@ def test_segmentation():
     pytest.importorskip('mmseg')
     config, checkpoint = save_segmentor()
     predict(['data/images/0.jpg', '--model', config, '--checkpoint', checkpoint])
-    assert Path('predictions/0.jpg').is_file() or Path('predictions/0.png').is_file()
+    assert [path.name for path in Path('predictions').glob('*.*')] == ['0.png']
+    with Image.open('predictions/labels/0.png') as label_map:
+        assert label_map.size == (32, 28) and set(label_map.getdata()) == {1}
 
 
 def test_refusals(capsys):

@@ -221,6 +221,15 @@ def test_feature_maps_are_the_blocks_outputs():
         assert divmod(unlike.argmax().item(), 6) == (2, 5)
 
 
+def test_linear_probe_normalises_the_blocks_and_classifies():
+    head = MODELS.build(dict(
+        type='LinearSegHead', in_channels=[3, 5], in_index=[0, 1], channels=8, num_classes=2,
+        input_transform='resize_concat', norm_cfg=dict(type='BN'), dropout_ratio=0.))
+    maps = [100 + 9 * torch.randn(2, 3, 4, 6), 1e-2 * torch.randn(2, 5, 4, 6)]
+    normalised = nn.functional.batch_norm(torch.cat(maps, dim=1), None, None, training=True)
+    torch.testing.assert_close(head(maps), head.conv_seg(normalised))
+
+
 def recipe(path):
     cfg = config(path)
     backbone, wrapper = cfg.model.backbone, cfg.optim_wrapper

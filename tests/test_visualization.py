@@ -188,6 +188,14 @@ def test_page(pretrained, figures):
     assert attention.shape == (4, 6) and (attention.mask == (np.arange(24) > 9).reshape(4, 6)).all()
 
 
+def test_rollout_is_another_map(pretrained, figures):
+    for flags in ([], ['--rollout'], ['--rollout']):
+        tool.main([*pretrained, '--query', '1', '1', *flags])
+    mean, *rollouts = ([axis for axis in figure.axes if axis.images][1].images[0].get_array()
+                       for figure in figures)
+    assert np.ma.allequal(*rollouts) and not np.ma.allclose(mean, rollouts[0])
+
+
 def test_query_that_predicts_nothing(pretrained, figures):
     tool.main([*pretrained, '--query', '1', '2', '--grid'])
     for figure in figures:

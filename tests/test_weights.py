@@ -4,7 +4,6 @@ import os
 import pickle
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import mmpretrain
@@ -292,12 +291,3 @@ def test_absent_sets_are_refused(classifier, capsys):
         error = capsys.readouterr().err
         assert 'one.pth was saved without EMA weights' in error and error.count('\n') == 1, tool
     assert not list(Path().glob('x*'))
-
-
-def test_every_tool_has_the_flag():
-    """All tools that read a checkpoint, and one spelling."""
-    for name in ('test', 'predict', 'knn', 'visualize', 'export', 'publish_model',
-                 'convert_checkpoint'):
-        source = (REPO / 'tools' / f'{name}.py').read_text()
-        assert 'add_weights_argument(parser)' in source and "'--weights'" not in source, name
-    assert find_spec('nepa_mm')
