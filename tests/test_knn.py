@@ -80,7 +80,7 @@ def test_refusals(digits):
 
 
 def test_tool(digits, tmp_path, capsys):
-    model, _ = digits
+    model, loader = digits
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
     main = load_tool('knn').main
     argv = [str(FINETUNE), str(tmp_path / 'model.pth'), '--block', '0', '--feature', 'last_token',
@@ -88,6 +88,11 @@ def test_tool(digits, tmp_path, capsys):
     accuracy = main(argv)
     line = capsys.readouterr().out.strip().split('\n')[-1]
     assert '5-NN on last_token of block 1 of 4' in line and f'{accuracy["top1"]:.2f} %' in line
+    cfg = Config.fromfile(FINETUNE)
+    cfg.train_dataloader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
+    bank = Runner.build_dataloader(dict(cfg.train_dataloader, drop_last=False))
+    assert accuracy == knn_accuracy(model, bank, loader, 'last_token', block=0, k=5)
+    assert accuracy != knn_accuracy(model, bank, loader, 'last_token', block=-1, k=5)
     for (config, checkpoint, *flags), message in (
             ((FINETUNE, 'nowhere.pth'), "no checkpoint file 'nowhere.pth'"),
             ((FINETUNE.with_name('digits_pretrain.py'), argv[1]), 'no labelled train_dataloader'),
