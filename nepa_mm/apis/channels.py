@@ -7,7 +7,7 @@ from nepa_mm.datasets.images import check_color_type
 from nepa_mm.models.vit import NEPAViT
 from nepa_mm.utils.nested import dicts
 
-READERS = ('LoadImageWithPillow', 'LoadImageFromFile', 'LoadRandomResizedCrop', 'PackEncodedCrop')
+READERS = ('LoadImageWithPillow', 'LoadImageFromFile', 'LoadRandomResizedCrop')
 CHANNELS = dict(color=3, grayscale=1)       # of a color_type
 COLOUR_ONLY = ('TimmRandAugment', 'PhotoMetricDistortion')
 

@@ -293,6 +293,5 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x, sin, cos):                                 # B T D -> B T D
-        x = (x + self.drop_path(self.ls1(self.attn(self.ln1(x), sin, cos)))).to(x.dtype)
-        x = (x + self.drop_path(self.ls2(self.mlp(self.ln2(x))))).to(x.dtype)
-        return x
+        x = x + self.drop_path(self.ls1(self.attn(self.ln1(x), sin, cos)))
+        return x + self.drop_path(self.ls2(self.mlp(self.ln2(x))))
