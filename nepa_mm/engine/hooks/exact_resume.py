@@ -144,7 +144,7 @@ class ExactResumeHook(Hook):
                     scheduler.step()
         now = settings_of(runner)
         changed = {key: (old[key], new[key]) for old, new in zip(saved, now) for key in new
-                   if key in old and not key.startswith('initial_') and old[key] != new[key]}
+                   if key in old and not key.startswith(('initial_', 'name')) and old[key] != new[key]}
         if changed:
             runner.logger.warning(
                 f'The optimizer follows the config from iteration {runner.iter + 1} on, not the '
