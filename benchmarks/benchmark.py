@@ -39,7 +39,7 @@ import workloads
 from nepa_mm import apis
 from nepa_mm.datasets.resize import resize_image
 from nepa_mm.engine.hooks.throughput import flops_per_image, peak_flops
-from nepa_mm.utils.outputs import check_new
+from nepa_mm.utils.outputs import require_new_path
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 BASES = CONFIGS / '_base_'
@@ -381,12 +381,12 @@ def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the rows."""
     args = parse_args(argv)
     MMLogger.get_instance('benchmark', log_level='ERROR')
-    apis.keep_freed_memory()
+    apis.reuse_freed_memory()
     if getattr(args, 'precision', None) == 'bf16' and get_device() == 'cpu':
         warn_of_slow_bf16()
     with apis.user_errors():
         if getattr(args, 'json', None):
-            check_new(args.json, '--json')
+            require_new_path(args.json, '--json')
         return args.run(args)
 
 

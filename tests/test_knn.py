@@ -81,7 +81,7 @@ def test_tool(digits, tmp_path, capsys):
     line = capsys.readouterr().out.strip().split('\n')[-1]
     assert '5-NN on last_token of block 1 of 4' in line and f'{accuracy["top1"]:.2f} %' in line
     for config, checkpoint, message in (
-            (FINETUNE, 'nowhere.pth', "no checkpoint file 'nowhere.pth'"),
+            (FINETUNE, 'nowhere.pth', "The checkpoint 'nowhere.pth', given as"),
             (FINETUNE.with_name('digits_pretrain.py'), argv[1], 'no labelled train_dataloader')):
         with pytest.raises(SystemExit):
             main([str(config), checkpoint])

@@ -294,7 +294,7 @@ def test_iteration_based_runs_go_on_exactly(folder, sampler):
     stopped(config, 28, *SMALLER, sampler, *twice)
     runner = run(config, *ALONE, sampler)
     assert [row[1] for row in updates('work_dirs/run')] == [row[1] for row in straight[14:]]
-    assert any('30 iterations are 60 samples, of which 14 and 28 are done' in line
+    assert any('14 of 30 iterations (28 of 60 samples) are done' in line
                for line in said(runner))
     shutil.rmtree('work_dirs')
     stopped(config, 20, *ALONE, sampler)

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch.optim import Adam, AdamW
 
 from nepa_mm.checkpoints.loading import check_network, select_weights, unwrapped
-from nepa_mm.checkpoints.recorded import recorded_values
+from nepa_mm.checkpoints.recorded_config import recorded_values
 
 # Options that change the implementation but not the numbers, and options that tools fill in.
 SAME_FUNCTION = ('init_cfg', 'with_cp', 'compile_blocks', 'extensions', 'with_label')

@@ -44,7 +44,7 @@ class ReadableSamples:
                 label = info.get('gt_label', info.get('seg_map_path'))
                 if label is not None and not self.replace_labelled:
                     raise UnreadableImageError(
-                        f'{error} Its label {label} is not replaced silently: repair or '
+                        f'{error} Its label {label} is not replaced by default: repair or '
                         'remove the file, or set replace_labelled=True in UnreadableImageHook.'
                         ) from error
                 errors[info['img_path']] = str(error)
