@@ -167,7 +167,7 @@ def test_a_pickle_that_executes_is_not_resumed(config):
     assert not Path('executed').exists()
 
 
-def test_outdated_files_go_after_the_new_one_is_whole(config, monkeypatch):
+def test_outdated_files_go_after_the_new_one_is_complete(config, monkeypatch):
     present, replace = [], os.replace
 
     def record(source, target):

@@ -22,7 +22,8 @@ from .signals import signals
 from .sizes import backbone, patches, rope
 
 CROP = dict(scale=28, crop_ratio_range=(0.08, 1.))
-PILLOW = [dict(type='LoadImageWithPillow'), dict(type='RandomResizedCrop', backend='pillow', **CROP)]
+PILLOW = [dict(type='LoadImageWithPillow'),
+          dict(type='RandomResizedCrop', backend='pillow', **CROP)]
 FAST = [dict(type='LoadRandomResizedCrop', **CROP)]
 # title, campaign, number in full, number under pytest
 CAMPAIGNS = [

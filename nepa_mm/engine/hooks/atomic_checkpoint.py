@@ -248,7 +248,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 raise
             # with the iteration, for mmengine logs equal warnings once
             runner.logger.warning(f'The checkpoint of iteration {runner.iter} could not be '
-                                  f'written, the run goes on without it: {error}')
+                                  f'written, the run continues without it: {error}')
         finally:
             self.writing = outer
 
