@@ -39,7 +39,7 @@ import workloads
 from nepa_mm import apis
 from nepa_mm.datasets.resize import resize_image
 from nepa_mm.engine.hooks.throughput import flops_per_image, peak_flops
-from nepa_mm.utils.outputs import check_new
+from nepa_mm.utils.outputs import require_new_path
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 BASES = CONFIGS / '_base_'
@@ -314,12 +314,9 @@ def loader(args):
     scale = default[1].scale
     pillow = dict(type='LoadImageFromFile', imdecode_backend='pillow')
     pipelines = {
-        'LoadImageWithPillow (default)': (default, 'default_collate'),
-        'mmpretrain with Pillow': ([pillow, *default[1:]], 'default_collate'),
-        'LoadRandomResizedCrop': ([dict(type='LoadRandomResizedCrop', scale=scale), *default[2:]],
-                                  'default_collate'),
-        # the work of a loader process if the GPU decodes
-        'PackEncodedCrop': ([dict(type='PackEncodedCrop', scale=scale)], 'encoded_collate')}
+        'LoadImageWithPillow (default)': default,
+        'mmpretrain with Pillow': [pillow, *default[1:]],
+        'LoadRandomResizedCrop': [dict(type='LoadRandomResizedCrop', scale=scale), *default[2:]]}
     with tempfile.TemporaryDirectory() as folder:
         original, small = Path(folder, 'original'), Path(folder, 'short side 256')
         workloads.make_jpegs(original, args.images)
@@ -327,8 +324,8 @@ def loader(args):
             resize_image(path, small / path.name, 256)
         durations, _ = take_turns({
             (name, source.name, workers): workloads.loading(
-                sorted(source.iterdir()), steps, workers, collate)
-            for source in (original, small) for name, (steps, collate) in pipelines.items()
+                sorted(source.iterdir()), steps, workers)
+            for source in (original, small) for name, steps in pipelines.items()
             for workers in (0, args.workers)}, args.repeats, torch.float32, warmup=1)
     rate = {key: args.images / statistics.median(times) for key, times in durations.items()}
     usual = rate['mmpretrain with Pillow', 'original', 0]
@@ -384,12 +381,12 @@ def main(argv=None):
     """Run the tool with ``argv`` (default: the command line) and return the rows."""
     args = parse_args(argv)
     MMLogger.get_instance('benchmark', log_level='ERROR')
-    apis.keep_freed_memory()
+    apis.reuse_freed_memory()
     if getattr(args, 'precision', None) == 'bf16' and get_device() == 'cpu':
         warn_of_slow_bf16()
     with apis.user_errors():
         if getattr(args, 'json', None):
-            check_new(args.json, '--json')
+            require_new_path(args.json, '--json')
         return args.run(args)
 
 

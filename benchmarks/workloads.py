@@ -11,7 +11,7 @@ from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, FUNCTIONS
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from PIL import Image
@@ -191,14 +191,14 @@ class Pipeline(Dataset):
         return self.pipeline(dict(img_path=str(self.files[index])))
 
 
-def loading(files, steps, workers, collate_fn='default_collate'):
+def loading(files, steps, workers):
     """Return a function that loads all images and returns the seconds.
 
     Without workers, this process loads them on one thread, like a worker.
     """
     data = Pipeline(files, steps)
     batches = DataLoader(data, min(64, len(data)), num_workers=workers,
-                         collate_fn=FUNCTIONS.get(collate_fn), persistent_workers=workers > 0)
+                         collate_fn=default_collate, persistent_workers=workers > 0)
 
     def run():
         threads = torch.get_num_threads(), cv2.getNumThreads()

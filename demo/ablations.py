@@ -31,7 +31,7 @@ with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an opti
 from common import train, train_on_few_labels
 from nepa_mm.apis import tool_parser, user_errors
 from nepa_mm.engine.hooks import NEPAMonitorHook
-from nepa_mm.utils.outputs import own_folder
+from nepa_mm.utils.outputs import claim_folder
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 # row: changes to the full method, published ImageNet-1K top-1 (Table 1a), colour
@@ -223,7 +223,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     console, begin, out = Console(file=sys.stdout, soft_wrap=True), time.time(), args.work_dir
     with user_errors():
-        own_folder(out, '.nepa_mm_ablations')
+        claim_folder(out, '.nepa_mm_ablations')
 
     console.print(f'Pretraining {len(ROWS)} ways on digits; then fine-tuning on {LABELS} '
                   f'labels, {DRAWS} times.')

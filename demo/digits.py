@@ -39,7 +39,7 @@ from make_digit_scenes import write_digit_scenes
 from nepa_mm.apis import load_config, tool_parser, user_errors
 from nepa_mm.checkpoints.loading import load_pretrained
 from nepa_mm.evaluation.frozen_features import knn_accuracy
-from nepa_mm.utils.outputs import own_folder
+from nepa_mm.utils.outputs import claim_folder
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
@@ -286,7 +286,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     console, begin, out = Console(file=sys.stdout), time.time(), args.work_dir
     with user_errors():
-        own_folder(out, '.nepa_mm_demo')
+        claim_folder(out, '.nepa_mm_demo')
     torch.set_num_threads(1)
 
     console.print('NEPA reads the 16 patches of a digit in order and predicts the next one.')

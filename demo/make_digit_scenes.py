@@ -11,7 +11,7 @@ from PIL import Image
 
 from nepa_mm.apis import tool_parser, user_errors
 from nepa_mm.datasets.digits import SPLITS, Digits
-from nepa_mm.utils.outputs import own_folder
+from nepa_mm.utils.outputs import claim_folder
 
 SCENE = 32              # side of a scene in pixels: 2 x 2 cells with a digit each
 DIGIT = (15, 16)        # smallest and largest side of a digit in pixels
@@ -59,7 +59,7 @@ def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
     Raises:
         FileExistsError: The folder holds other files.
     """
-    own_folder(Path(folder), '.nepa_mm_scenes')
+    claim_folder(Path(folder), '.nepa_mm_scenes')
     for split, part, num in (('train', 'training', num_train), ('test', 'validation', num_val)):
         images, labels = (Path(folder) / kind / part for kind in ('images', 'annotations'))
         images.mkdir(parents=True, exist_ok=True)

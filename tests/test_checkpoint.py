@@ -91,7 +91,7 @@ def test_refusals(trained, tmp_path):
         with pytest.raises(ValueError, match='not a checkpoint that can be read safely'):
             read_checkpoint(file)
     torch.save(dict(epoch=3, state_dict=dict(step=3)), tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='holds no state dict of tensors'):
+    with pytest.raises(ValueError, match='contains no state dict of tensors'):
         read_checkpoint(tmp_path / 'other.pth')
 
 
@@ -222,7 +222,7 @@ def test_offline(tmp_path, monkeypatch):
         read_checkpoint('hf://owner/nepa')
 
 
-def test_written_whole(tmp_path):
+def test_atomic_write(tmp_path):
     with pytest.raises(RuntimeError), atomic_write(tmp_path / 'a') as file:
         file.write_text('half')
         raise RuntimeError

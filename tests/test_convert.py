@@ -10,7 +10,12 @@ from mmengine.registry import MODELS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nepa_mm.checkpoints.huggingface import fit, fold_layer_scale, from_published, to_published
+from nepa_mm.checkpoints.huggingface import (
+    check_and_complete,
+    fold_layer_scale,
+    from_published,
+    to_published,
+)
 from nepa_mm.checkpoints.huggingface_config import (
     DEFAULTS,
     backbone_cfg,
@@ -19,7 +24,7 @@ from nepa_mm.checkpoints.huggingface_config import (
     published_config,
 )
 from nepa_mm.checkpoints.io import read_checkpoint
-from nepa_mm.checkpoints.recorded import recorded_model
+from nepa_mm.checkpoints.recorded_config import recorded_model
 
 from .test_parity import CASES, assert_agrees
 from .tiny_runs import TOOLS, load_tool, run_test
@@ -119,7 +124,7 @@ def test_options(options, num_classes):
     back = from_published(there)
     assert_equal(state_dict, back)
     assert_equal(there, to_published(back))
-    assert not fit(back, model)
+    assert not check_and_complete(back, model)
 
 
 @pytest.mark.parametrize('arch', ['base', 'large'])

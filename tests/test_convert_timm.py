@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from nepa_mm.checkpoints.huggingface import fit
+from nepa_mm.checkpoints.huggingface import check_and_complete
 from nepa_mm.checkpoints.huggingface_config import model_cfg
 from nepa_mm.models.timm_eva import eva_args, from_timm, to_timm
 
@@ -32,7 +32,7 @@ def test_outputs(options):
     if config.get('qk_norm'):
         cfg = copy.deepcopy(cfg)
         cfg['backbone']['qk_norm'] = 'affine_bias'
-    assert not fit(back, cfg)
+    assert not check_and_complete(back, cfg)
     again = MODELS.build(cfg).eval()
     again.load_state_dict(back)
     assert_agrees(again(image), ours(image), 'back again')

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import re
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def uncompiled(text):
     wrong = []
     for body in blocks(text, 'python'):
         try:
-            tree = ast.parse(body)
+            tree = ast.parse(textwrap.dedent(body))
         except SyntaxError as error:
             wrong.append(str(error))
             continue

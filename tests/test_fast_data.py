@@ -191,7 +191,7 @@ def test_nothing_half_written(imagenet, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('args, sentence', [
     (['nothing', 'small'], 'error: There is no folder nothing.'),
-    (['imagenet', 'imagenet/small'], 'error: imagenet/small is within imagenet; give a target'),
+    (['imagenet', 'imagenet/small'], 'error: imagenet/small is inside imagenet; give a target'),
     (['empty', 'small'], 'error: empty holds no image.'),
     (['imagenet', 'small', '--quality', '100'], 'error: --short-side and --workers must be'),
     (['imagenet', 'other'], 'error: other holds images made with {"short_side": 320')])

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     code, output = run_script('dist_train.sh', config, 2, '--work-dir', 'resumed', *options(
         *SHARDED, 'train_cfg.max_epochs=1'), cwd=folder)
     assert code == 0, output
-    assert re.search(r'2 processes share ([\d,]+) parameters, of which this one holds', output)
+    assert re.search(r'2 processes share ([\d,]+) parameters; this one holds', output)
     code, output = run_script(
         'launch.py', 2, REPO / 'tests' / 'fsdp_worker.py', config, *SHARDED, cwd=folder)
     assert code == 0, output
@@ -112,7 +112,7 @@ def test_resume_is_exact(folder):
     assert largest_difference(parts(load(folder, 'sharded')), parts(load(folder, 'resumed'))) == 0
 
 
-def test_checkpoints_are_whole(folder, monkeypatch):
+def test_checkpoints_are_complete(folder, monkeypatch):
     """For a backbone of its own, and for a run of one process that goes on."""
     checkpoint = load(folder, 'sharded')
     monkeypatch.chdir(folder)

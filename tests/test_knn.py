@@ -94,7 +94,7 @@ def test_tool(digits, tmp_path, capsys):
     assert accuracy == knn_accuracy(model, bank, loader, 'last_token', block=0, k=5)
     assert accuracy != knn_accuracy(model, bank, loader, 'last_token', block=-1, k=5)
     for (config, checkpoint, *flags), message in (
-            ((FINETUNE, 'nowhere.pth'), "no checkpoint file 'nowhere.pth'"),
+            ((FINETUNE, 'nowhere.pth'), "The checkpoint 'nowhere.pth', given as"),
             ((FINETUNE.with_name('digits_pretrain.py'), argv[1]), 'no labelled train_dataloader'),
             ((FINETUNE, argv[1], '--temperature', '0'), 'positive, got 20 and 0.0')):
         with pytest.raises(SystemExit):

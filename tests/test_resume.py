@@ -196,6 +196,26 @@ def test_the_schedule_is_a_function_of_the_samples(folder, scheduler):
                for line in said(runner))
 
 
+def test_a_checkpoint_of_an_earlier_version(folder):
+    """Then the loader of images and the depth of a parameter group had other names."""
+    config = save_run()
+    run(config, *ALONE)
+    straight = updates('work_dirs/run')
+    shutil.rmtree('work_dirs')
+    stopped(config, 14, *ALONE)
+    path = 'work_dirs/run/interrupted.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    text = checkpoint['meta']['cfg']
+    checkpoint['meta']['cfg'] = text.replace('LoadImageWithPillow', 'LoadWholeImage')
+    assert checkpoint['meta']['cfg'] != text
+    for group in checkpoint['optimizer']['param_groups']:
+        group['layer_scale'] = group.pop('depth_from_top')
+    torch.save(checkpoint, path)
+    runner = run(config, *ALONE)
+    assert updates('work_dirs/run') == straight[14:]
+    assert not any('LoadImageWithPillow' in line for line in said(runner))
+
+
 def test_the_config_says_length_and_learning_rate(folder):
     config = save_run()
     longer = [f'train_cfg.max_epochs={2 * EPOCHS}', f'param_scheduler.end={2 * EPOCHS}',
@@ -274,7 +294,7 @@ def test_iteration_based_runs_go_on_exactly(folder, sampler):
     stopped(config, 28, *SMALLER, sampler, *twice)
     runner = run(config, *ALONE, sampler)
     assert [row[1] for row in updates('work_dirs/run')] == [row[1] for row in straight[14:]]
-    assert any('30 iterations are 60 samples, of which 14 and 28 are done' in line
+    assert any('14 of 30 iterations (28 of 60 samples) are done' in line
                for line in said(runner))
     shutil.rmtree('work_dirs')
     stopped(config, 20, *ALONE, sampler)

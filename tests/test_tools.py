@@ -100,7 +100,7 @@ def test_freed_memory_is_kept():
     code = (
         'import resource, torch\n'
         'from nepa_mm import runtime\n'
-        'assert apis.keep_freed_memory() if {keep} else True\n'
+        'assert apis.reuse_freed_memory() if {keep} else True\n'
         'for _ in range(3): torch.ones(2 ** 26)\n'     # 256 MB each
         'before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
         'for _ in range(3): torch.ones(2 ** 26)\n'
@@ -178,10 +178,10 @@ def test_dataloader_defaults():
      "train_dataloader: 'data/empty/train' holds no image"),
     (options('train_dataloader.dataset.ann_file=list.txt'),
      "'data/imagenet/list.txt' does not exist"),
-    (['--resume', 'none.pth'], "no checkpoint file 'none.pth', which was given as --resume"),
-    (options('load_from=none.pth'), "no checkpoint file 'none.pth', which was given as load_from"),
+    (['--resume', 'none.pth'], "The checkpoint 'none.pth', given as --resume"),
+    (options('load_from=none.pth'), "The checkpoint 'none.pth', given as load_from"),
     (options('model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=a.b'),
-     "no checkpoint file 'a.b', which was given as init_cfg of type 'Pretrained'"),
+     "The checkpoint 'a.b', given as init_cfg of type 'Pretrained'"),
     (options('model.backbone.arch=giant'), "arch must be one of .*'base'.* got 'giant'"),
     (['--launcher', 'slurm'], '--launcher slurm needs the environment variable SLURM_PROCID'),
 ])
@@ -254,7 +254,7 @@ def test_segmentation(folder):
 def test_bad_input_of_test(pretrain, classifier, folder):
     with refused("'pretrain.py' has no test_dataloader"):
         run_test([pretrain, classifier[1]])
-    with refused("no checkpoint file 'no.pth', which was given as CHECKP"):
+    with refused("The checkpoint 'no.pth', given as CHECKP"):
         run_test([classifier[0], 'no.pth'])
     with refused("test_dataloader: 'data/test' does not exist"):
         run_test([*classifier, *options('test_dataloader.dataset.data_prefix=test')])

@@ -13,7 +13,7 @@ from PIL import Image
 from nepa_mm.models.nepa import NEPA, NEPAHead
 from nepa_mm.models.vit import NEPAViT
 from nepa_mm.visualization import pages as visualization
-from nepa_mm.visualization.inspect import (
+from nepa_mm.visualization.image_maps import (
     attention_weights,
     inspect_image,
     pca_colours,
@@ -285,7 +285,7 @@ def test_refusals(pretrained, capsys):
     assert '--layers must be from -3 to 2, got 3' in refuse(*pretrained, '--layers', '0', '3')
     assert '--heads must be from 0 to 1, got -1' in refuse(*pretrained, '--heads', '-1')
     assert 'at least two patches' in refuse(*pretrained, '--size', '14')
-    assert "no checkpoint file 'x.pth'" in refuse(config, 'x.pth', image)
+    assert "The checkpoint 'x.pth', given as" in refuse(config, 'x.pth', image)
     Path('torn.jpg').write_bytes(Path(image).read_bytes()[:300])
     assert 'The image torn.jpg cannot be read' in refuse(config, checkpoint, image, 'torn.jpg')
     cfg = Config.fromfile(config)

@@ -19,7 +19,7 @@ from nepa_mm import apis
 from nepa_mm.checkpoints.io import locate
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
 from nepa_mm.datasets.images import read_image, to_display_rgb
-from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.nested import iter_dicts
 from nepa_mm.utils.outputs import page_names
 
 LABELS = 'labels'   # subfolder for label maps
@@ -54,7 +54,7 @@ def read_model(args):
                          'test_dataloader, like pretraining configs.')
     apis.check_channels(cfg, 'test_dataloader')
     apis.check_checkpoint(weights, '--checkpoint')
-    for node in dicts(cfg.model):
+    for node in iter_dicts(cfg.model):
         node.pop('init_cfg', None)      # the checkpoint has all weights
     return cfg, locate(weights, args.weights)
 
@@ -105,7 +105,7 @@ def build(cfg, weights, device, which=None):
 
 def classes_and_palette(cfg):
     """Return classes and palette of the config's data set, or else numbers and random colours."""
-    data = next((node for node in dicts(cfg.test_dataloader.dataset)
+    data = next((node for node in iter_dicts(cfg.test_dataloader.dataset)
                  if node.get('type') and 'pipeline' in node), {})
     known = getattr(DATASETS.get(data.get('type', '')), 'METAINFO', {}) | data.get('metainfo', {})
     num_classes = max(cfg.model.decode_head.num_classes, 2)

@@ -17,7 +17,7 @@ from nepa_mm import apis  # registers the `mmseg::` and `nepa_mm::` config scope
 from nepa_mm.apis.run_check import RunCheckHook
 from nepa_mm.checkpoints.io import locate
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
-from nepa_mm.utils.outputs import check_new
+from nepa_mm.utils.outputs import require_new_path
 from nepa_mm.visualization.predictions import SeenImageHook, segmentation_hook
 
 
@@ -60,7 +60,7 @@ def merge_args(cfg, args):
     apis.check_checkpoint(args.checkpoint, 'CHECKPOINT')
     cfg.load_from, cfg.resume = locate(args.checkpoint, args.weights), False
     if args.out:
-        check_new(args.out, '--out')
+        require_new_path(args.out, '--out')
     if args.show_dir:
         if args.out and Path(args.out).resolve() == Path(args.show_dir).resolve():
             raise ValueError(f'--out and --show-dir are both {args.out}; name two folders.')

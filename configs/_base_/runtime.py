@@ -14,4 +14,4 @@ default_hooks = dict(
     unreadable=dict(type='UnreadableImageHook'))     # replaces unlabelled samples only
 
 randomness = dict(seed=1337, diff_rank_seed=True)
-resume = True   # from the newest checkpoint in the work_dir; tools/train.py --no-resume starts anew
+resume = True   # the work_dir's checkpoint with the most progress; --no-resume starts anew

@@ -98,4 +98,4 @@ default_hooks = dict(
     guard=dict(type='NonFiniteGuardHook'),
     run_check=dict(type='RunCheckHook'))
 randomness = dict(seed=1337, diff_rank_seed=True)
-resume = True   # from the newest checkpoint in the work_dir; tools/train.py --no-resume starts anew
+resume = True   # the work_dir's checkpoint with the most progress; --no-resume starts anew

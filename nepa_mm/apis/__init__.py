@@ -5,13 +5,13 @@ channels.py, run_check.py and the *_checks.py files reject configs and data that
 input_spec.py describes preprocessing in plain values. runner.py builds the Runner.
 """
 from .arguments import CHECKPOINT_HELP, add_cfg_options, parse_with_launcher, tool_parser
-from .channels import check_channels, color_type
+from .channel_checks import check_channels, color_type
 from .config import check_checkpoint, is_segmentation, load_config, resolve_resume
 from .data_checks import check_data
-from .runner import build_runner, fill_dataloaders, keep_freed_memory, start_runner
+from .runner import build_runner, fill_dataloaders, reuse_freed_memory, start_runner
 from .user_errors import user_errors
 
 __all__ = ['CHECKPOINT_HELP', 'add_cfg_options', 'build_runner', 'check_channels',
            'check_checkpoint', 'check_data', 'color_type', 'fill_dataloaders', 'is_segmentation',
-           'keep_freed_memory', 'load_config', 'parse_with_launcher', 'resolve_resume',
+           'reuse_freed_memory', 'load_config', 'parse_with_launcher', 'resolve_resume',
            'start_runner', 'tool_parser', 'user_errors']

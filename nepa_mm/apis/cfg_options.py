@@ -18,8 +18,9 @@ from nepa_mm.apis.config_keys import (
     runner_keys,
     type_at,
 )
-from nepa_mm.apis.nearest_keys import nearest_paths, repair_path, similarity, value_paths
-from nepa_mm.utils.nested import at, exists, paths
+from nepa_mm.apis.key_suggestions import nearest_paths, repair_path, similarity, value_paths
+from nepa_mm.utils.nested import exists, get_path, paths
+from nepa_mm.utils.text import joined
 
 
 def merge_options(cfg: Config, options: Mapping[str, Any], reads: Iterable[str] | None = None,
@@ -116,7 +117,7 @@ def _check(before, after, names, reads):
     """Reject a key that its reader does not accept; keys of the file are assumed to be read."""
     for depth in range(1, len(names)):
         path, name = names[:depth], names[depth]
-        if name == '_delete_' or not isinstance(at(after, path), dict):
+        if name == '_delete_' or not isinstance(get_path(after, path), dict):
             continue
         same_reader = exists(before, path) and type_at(before, path) == type_at(after, path)
         if name == 'type' and not same_reader:
@@ -130,8 +131,8 @@ def _check(before, after, names, reads):
             meant = repair_path(after, names, reads)
             raise ValueError(_nothing_reads(names, [meant]) if meant else _nothing_reads(
                 (*path, name), nearest_paths(after, (*path, name), reads)))
-    value = at(after, names) if exists(after, names) else None
-    old = at(before, names) if exists(before, names) else None
+    value = get_path(after, names) if exists(after, names) else None
+    old = get_path(before, names) if exists(before, names) else None
     if isinstance(value, str) and isinstance(old, (bool, int, float)):
         what = 'True or False' if isinstance(old, bool) else 'a number'
         raise ValueError(f'{".".join(names)} must be {what} like {old} in the file, got {value!r}.')
@@ -153,8 +154,8 @@ def _check_hook(before, after, name):
 
 def _check_type(before, after, path):
     """Reject a new ``type`` that does not exist or does not accept the file's arguments."""
-    node, place = at(after, path), '.'.join(path)
-    if exists(before, path) and find_classes(before, at(before, path), type_at(before, path)):
+    node, place = get_path(after, path), '.'.join(path)
+    if exists(before, path) and find_classes(before, get_path(before, path), type_at(before, path)):
         if not find_classes(after, node):
             known = {name for registry in registries(after, node)
                      if look_up(registry, type_at(before, path)) is not None
@@ -175,18 +176,14 @@ def _not_read(before, after, names, reads):
         return _nothing_reads(names, nearest_paths(after, names, reads))
     found = [(*path, *names[1:]) for path in value_paths(before, names[0], reads)]
     return (f'{names[0]} is read by the config file only, before options are merged; use '
-            f'{_in_words(found or nearest_paths(after, names, reads, repair=False))}.')
+            f'{_dotted(found or nearest_paths(after, names, reads, repair=False))}.')
 
 
 def _nothing_reads(names, instead):
     """Return the message for a path that nothing reads, and the paths to use instead."""
     return (f'nothing reads {".".join(names)}; the nearest key{"s" * (len(instead) > 1)} that '
-            f'{"are" if len(instead) > 1 else "is"} read: {_in_words(instead)}.')
+            f'{"are" if len(instead) > 1 else "is"} read: {_dotted(instead)}.')
 
 
-def _in_words(found):
-    """Join up to six paths."""
-    found = ['.'.join(path) for path in found]
-    if len(found) > 6:
-        found = [*found[:6], f'{len(found) - 6} more']
-    return ' and '.join([', '.join(found[:-1]), found[-1]] if len(found) > 1 else found)
+def _dotted(found):
+    return joined(map('.'.join, found), most=6)

@@ -1,4 +1,4 @@
-"""Read a config and decide what a run starts from."""
+"""Load a config, and choose between resuming and starting from weights."""
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from mmengine.config import Config
 
 from nepa_mm.apis.cfg_options import merge_options
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
-from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.nested import iter_dicts
 from nepa_mm.utils.outputs import free_path
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -59,7 +59,8 @@ def resolve_resume(cfg: Config, resume: str | bool | None = None) -> None:
 
     Args:
         cfg (Config): Changed in place (``resume`` and ``load_from``).
-        resume (str | bool, optional): 'auto' resumes from the newest checkpoint in ``work_dir``, or
+        resume (str | bool, optional): 'auto' resumes from the checkpoint with the most progress in
+            ``work_dir``, or
             starts anew if there is none; a path resumes from that checkpoint; False never resumes;
             None follows the config. Defaults to None.
 
@@ -67,7 +68,7 @@ def resolve_resume(cfg: Config, resume: str | bool | None = None) -> None:
         FileNotFoundError: A checkpoint to resume or to load (``load_from``, or an ``init_cfg`` of
             type 'Pretrained') does not exist.
     """
-    for node in dicts(cfg.get('model')):
+    for node in iter_dicts(cfg.get('model')):
         if node.get('type') == 'Pretrained':
             check_checkpoint(node['checkpoint'], "init_cfg of type 'Pretrained'")
     if resume:      # an explicit --resume may cross experiments
@@ -96,7 +97,7 @@ def check_checkpoint(path: str, given_as: str) -> None:
             the option that holds the path.
     """
     if '://' not in path and not os.path.exists(path):
-        raise FileNotFoundError(f'no checkpoint file {path!r}, which was given as {given_as}.')
+        raise FileNotFoundError(f'The checkpoint {path!r}, given as {given_as}, does not exist.')
 
 
 def keep_config_file(cfg: Config) -> None:

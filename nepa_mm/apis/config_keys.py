@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad
 from torch.utils.data import DataLoader
 
 from nepa_mm.checkpoints.loading import load_pretrained
-from nepa_mm.utils.nested import at
+from nepa_mm.utils.nested import get_path
 
 # Types that mmengine assumes for a dict without a `type`.
 DEFAULT_TYPES = {
@@ -72,7 +72,7 @@ def runner_keys(cfg: Config) -> set[str]:
 
 def type_at(cfg: Config, path: tuple[str, ...]) -> Any:
     """Return the ``type`` of a dict of the config, or the type that its reader assumes."""
-    node = at(cfg, path)
+    node = get_path(cfg, path)
     if not isinstance(node, dict):
         return None
     if node.get('type'):
@@ -190,7 +190,7 @@ def accepted_keys(cfg: Config, path: tuple[str, ...]) -> set[str] | None:
     if path == ('optim_wrapper', 'paramwise_cfg'):
         return _paramwise_keys(cfg)
     fixed = _plain_dict_keys('.'.join(path))
-    node = at(cfg, path)
+    node = get_path(cfg, path)
     if fixed is not None or not isinstance(node, dict):
         return fixed
     names = {'type', '_scope_'}

@@ -4,9 +4,9 @@ import os
 from mmengine.config import Config
 from mmengine.fileio import list_from_file
 
-from nepa_mm.apis.channels import type_name
+from nepa_mm.apis.channel_checks import type_name
 from nepa_mm.datasets.images import IMAGE_SUFFIXES
-from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.nested import iter_dicts
 
 MAX_TRIED = 1000    # images whose existence is checked per annotation file; network disks are slow
 # Expected layouts of the data sets in our configs, below `data_root`.
@@ -31,7 +31,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
         FileNotFoundError: The message names the path that was tried and the expected layout.
     """
     for name in loaders:
-        for dataset in dicts((cfg.get(name) or {}).get('dataset', {})):
+        for dataset in iter_dicts((cfg.get(name) or {}).get('dataset', {})):
             kind = type_name(dataset)
             if 'data_prefix' not in dataset and kind not in ('ImageNet', 'CustomDataset'):
                 continue

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from mmengine.registry import DATASETS
 from mmengine.utils import to_2tuple
 
-from nepa_mm.apis.channels import type_name
+from nepa_mm.apis.channel_checks import type_name
 
 # codes of PIL.Image.Resampling, which preprocessor_config.json uses
 RESAMPLE = dict(nearest=0, lanczos=1, bilinear=2, bicubic=3, box=4, hamming=5)

@@ -9,11 +9,10 @@ from mmengine.runner import Runner
 from torch.optim import Adam, AdamW
 
 from nepa_mm.checkpoints.loading import check_network, select_weights, unwrapped
-from nepa_mm.checkpoints.recorded import recorded_values
+from nepa_mm.checkpoints.recorded_config import recorded_values
 
 # Options that change the implementation but not the numbers, and options that tools fill in.
-SAME_FUNCTION = ('init_cfg', 'with_cp', 'compile_blocks', 'bf16_residual', 'extensions',
-                 'with_label')
+SAME_FUNCTION = ('init_cfg', 'with_cp', 'compile_blocks', 'extensions', 'with_label')
 # Top-level keys that are compared before a run resumes.
 COMPARED = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg',
             'custom_hooks')

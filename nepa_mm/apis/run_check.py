@@ -32,11 +32,11 @@ from nepa_mm.datasets.classes import (
     check_labels,
     classes_of,
     has_labels,
-    listed,
     match_classes,
     order_by_metainfo,
     skipped_images,
 )
+from nepa_mm.utils.text import listed
 
 
 @HOOKS.register_module()

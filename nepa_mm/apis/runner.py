@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from torch import distributed
 from torch.utils.data import Dataset
 
-from nepa_mm.apis.channels import type_name
+from nepa_mm.apis.channel_checks import type_name
 from nepa_mm.apis.config import LOADERS, check_complete, is_segmentation, keep_config_file
 from nepa_mm.apis.run_check import RunCheckHook
 from nepa_mm.apis.schedule_checks import check_batches, check_length
@@ -28,7 +28,7 @@ from nepa_mm.apis.user_errors import RunStart, naming_config_part
 from nepa_mm.datasets.images import IMAGE_SUFFIXES
 from nepa_mm.datasets.pipelines import use_one_reader
 from nepa_mm.utils.errors import UnreadableImageError
-from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.nested import iter_dicts
 from nepa_mm.utils.random_state import preserve_rng_state
 
 # Environment variables of each launcher; mmengine reads the same ones.
@@ -53,7 +53,7 @@ def build_runner(cfg: Config) -> Runner:
         ValueError: The launcher's variables are missing, there are more processes than GPUs, or
             ``auto_scale_lr`` is enabled without a ``base_batch_size``.
     """
-    keep_freed_memory()
+    reuse_freed_memory()
     world_size = _read_launcher(cfg.launcher)
     notes = scale_lr(cfg, world_size)
     fill_dataloaders(cfg)
@@ -137,7 +137,7 @@ def check_first_sample(runner: Runner, name: str, dataset: Dataset,
         dataset[0]
 
 
-def keep_freed_memory() -> bool:
+def reuse_freed_memory() -> bool:
     """Without a GPU, make glibc reuse the memory of large tensors; return whether it does.
 
     By default every tensor of more than 32 MB gets new pages, which the system clears first. With
@@ -205,7 +205,7 @@ def fill_dataloaders(cfg: Config) -> None:
         # restarted workers would repeat seeds, hence augmentations, in every epoch
         has_workers = loader.get('num_workers', 0) > 0
         loader.persistent_workers = has_workers and loader.get('persistent_workers', True)
-        for dataset in dicts(loader):
+        for dataset in iter_dicts(loader):
             if type_name(dataset) == 'CustomDataset':
                 dataset.setdefault('extensions', IMAGE_SUFFIXES)
                 if (cfg.model.get('type') == 'NEPA' and name == 'train_dataloader'
@@ -250,7 +250,7 @@ def _prepare_cpu_group(cfg):
             find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
     notes = [f'No GPU: {distributed.get_world_size()} processes on the CPU, through gloo.']
-    layers = [node for node in dicts(cfg.model) if node.get('type') == 'SyncBN']
+    layers = [node for node in iter_dicts(cfg.model) if node.get('type') == 'SyncBN']
     for node in layers:
         node['type'] = 'BN'
     if layers:

@@ -18,14 +18,15 @@ from mmseg.evaluation import IoUMetric
 from nepa_mm.apis.segmentation_folders import check_folders
 from nepa_mm.datasets.classes import base_datasets
 from nepa_mm.datasets.images import ORIENTATION, open_image, read_bytes
-from nepa_mm.datasets.pipelines import slots
-from nepa_mm.datasets.transforms.masks import LoadCheckedMask, join, listing, values_of
+from nepa_mm.datasets.pipelines import iter_transforms
+from nepa_mm.datasets.transforms.masks import LoadCheckedMask, values_of
 from nepa_mm.evaluation.iou_metric import CheckedIoUMetric
 from nepa_mm.utils.errors import DataError
-from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.nested import iter_dicts
 from nepa_mm.utils.outputs import dataset_pages
+from nepa_mm.utils.text import joined
 
-TURNED = (5, 6, 7, 8)   # EXIF orientations that swap height and width
+SWAPPED_ORIENTATIONS = (5, 6, 7, 8)   # EXIF orientations that swap height and width
 SAMPLE = 100            # masks that are checked in each data set, evenly spaced
 
 
@@ -71,7 +72,7 @@ def check_segmentation_data(dataset: Dataset, num_classes: int, ignore_index: in
     """
     warnings, read, seen, names = [], [], set(), None
     for base in base_datasets(dataset):
-        steps = [steps[index] for steps, index in slots(base.pipeline)]
+        steps = [steps[index] for steps, index in iter_transforms(base.pipeline)]
         loader = next((step for step in steps if isinstance(step, LoadAnnotations)), None)
         if not isinstance(base, BaseSegDataset) or loader is None:
             continue
@@ -81,7 +82,7 @@ def check_segmentation_data(dataset: Dataset, num_classes: int, ignore_index: in
             warnings.append(f'{name}: masks read by {type(loader).__name__} are not checked.')
             continue
         reader = LoadCheckedMask.like(loader, num_classes, ignore_index)
-        upright = reads_upright(steps)
+        upright = applies_exif(steps)
         num, first = len(base), len(read)
         for index in np.linspace(0, num - 1, min(num, SAMPLE)).round().astype(int):
             info = base.get_data_info(int(index))
@@ -103,7 +104,7 @@ def check_segmentation_data(dataset: Dataset, num_classes: int, ignore_index: in
     return list(dict.fromkeys(warnings))
 
 
-def reads_upright(steps: list) -> bool | None:
+def applies_exif(steps: list) -> bool | None:
     """Return whether images are rotated by their EXIF data; None if the reader is unknown."""
     for step in steps:
         if type(step).__name__ in ('LoadImageWithPillow', 'LoadImageFromFile'):
@@ -115,7 +116,7 @@ def image_size(path: str, upright: bool) -> tuple[int, int]:
     """Return (height, width) from the header, after the EXIF rotation if ``upright``."""
     image = open_image(read_bytes(path), path)
     try:
-        turned = upright and image.getexif().get(ORIENTATION) in TURNED
+        turned = upright and image.getexif().get(ORIENTATION) in SWAPPED_ORIENTATIONS
     except Exception:       # corrupt EXIF
         turned = False
     return image.size if turned else image.size[::-1]
@@ -158,7 +159,7 @@ def unseen_classes(reader: LoadCheckedMask, read: list, seen: set[int],
         return []
     hint = (' (reduce_zero_label=True ignores the value 0 and decrements all others)'
             if any(info.get('reduce_zero_label') for info, _ in read) else '')
-    return [f'{name}: {listing(absent)}, {len(absent)} of {reader.num_classes} classes, '
+    return [f'{name}: {joined(map(repr, absent))}, {len(absent)} of {reader.num_classes} classes, '
             f'{"are" if len(absent) > 1 else "is"} in none of the {len(read)} checked masks{hint}.']
 
 
@@ -177,7 +178,7 @@ def label_settings(cfg: Config, loader: str) -> dict | None:
         ValueError: The heads differ in ``num_classes``, there are more than 255 classes, or a
             single logit is trained without ``use_sigmoid``.
     """
-    model = next((node for node in dicts(cfg.model) if 'decode_head' in node), None)
+    model = next((node for node in iter_dicts(cfg.model) if 'decode_head' in node), None)
     if model is None:
         return None
     head = _heads(model['decode_head'])[-1]
@@ -187,7 +188,7 @@ def label_settings(cfg: Config, loader: str) -> dict | None:
     if num_classes > 255:
         raise ValueError(f'model.decode_head.num_classes={num_classes}, but mmseg reads masks as '
                          '8 bits: 255 classes at most.')
-    losses = [loss for loss in dicts(head.get('loss_decode')) if loss.get('type') in (
+    losses = [loss for loss in iter_dicts(head.get('loss_decode')) if loss.get('type') in (
         'CrossEntropyLoss', 'mmseg.CrossEntropyLoss')]
     if 1 in (num_classes, head.get('out_channels')) and not all(
             loss.get('use_sigmoid') for loss in losses):
@@ -198,7 +199,7 @@ def label_settings(cfg: Config, loader: str) -> dict | None:
         if other.get('num_classes', num_classes) != num_classes and other['type'] != 'STDCHead':
             raise ValueError(f'model.auxiliary_head.num_classes={other["num_classes"]} differs '
                              f'from model.decode_head.num_classes={num_classes}.')
-    source = [head] if loader == 'train_dataloader' else dicts(
+    source = [head] if loader == 'train_dataloader' else iter_dicts(
         cfg.get(loader.replace('dataloader', 'evaluator')))
     ignored = [node['ignore_index'] for node in source if 'ignore_index' in node]
     return dict(num_classes=num_classes, ignore_index=ignored[0] if ignored else 255)
@@ -226,7 +227,7 @@ def install_checks(dataset: Dataset, metrics: Sequence[BaseMetric], num_classes:
     """
     replaced = set()
     for base in base_datasets(dataset):
-        for steps, index in slots(base.pipeline):
+        for steps, index in iter_transforms(base.pipeline):
             old = steps[index]
             if type(old) is LoadAnnotations:
                 steps[index] = LoadCheckedMask.like(old, num_classes, ignore_index)
@@ -237,4 +238,4 @@ def install_checks(dataset: Dataset, metrics: Sequence[BaseMetric], num_classes:
             if metric.output_dir:
                 metric.pages = dataset_pages(dataset, metric.output_dir)
             replaced.add('IoUMetric by CheckedIoUMetric')
-    return [f'Replaced: {join(sorted(replaced))}.'] if replaced else []
+    return [f'Replaced: {joined(sorted(replaced))}.'] if replaced else []

@@ -14,7 +14,7 @@ from mmseg.registry import DATASETS
 
 from nepa_mm.datasets.images import IMAGE_SUFFIXES
 from nepa_mm.utils.errors import DataError
-from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.nested import iter_dicts
 
 
 def check_not_empty(cfg: Config, *loaders: str) -> None:
@@ -28,7 +28,7 @@ def check_not_empty(cfg: Config, *loaders: str) -> None:
         DataError: The message names a file that exists instead.
     """
     for loader in loaders:
-        for node in dicts((cfg.get(loader) or {}).get('dataset')):
+        for node in iter_dicts((cfg.get(loader) or {}).get('dataset')):
             kind = node.get('type')
             kind = DATASETS.get(kind) if isinstance(kind, str) and 'data_prefix' in node else kind
             if not isinstance(kind, type) or not issubclass(kind, BaseSegDataset):

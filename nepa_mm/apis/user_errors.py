@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 
 from nepa_mm.utils.errors import DataError
-from nepa_mm.utils.signals import STATUS, end_at_once, restore
+from nepa_mm.utils.signals import STATUS, exit_on_sigterm, restore
 
 TRACEBACK = 'NEPA_MM_TRACEBACK'
 HINT = f' ({TRACEBACK}=1 shows where)'
@@ -94,7 +94,7 @@ def user_errors() -> Iterator[RunStart]:
     logging.raiseExceptions = False     # logging resumes once a full disk has space again
     # a collective call blocks Python's signal handlers
     alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
-    start, handler = RunStart(), end_at_once() if alone else signal.getsignal(signal.SIGTERM)
+    start, handler = RunStart(), exit_on_sigterm() if alone else signal.getsignal(signal.SIGTERM)
     try:
         yield start
     except SystemExit as stop:

@@ -117,7 +117,7 @@ def to_published(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
             for part, tensor in zip(parts, state_dict[ours].chunk(len(parts)))}
 
 
-def fit(state_dict: dict[str, torch.Tensor], model: dict) -> list[str]:
+def check_and_complete(state_dict: dict[str, torch.Tensor], model: dict) -> list[str]:
     """Check that tensors are exactly those of a model; add missing QK-norms as no-ops.
 
     Args:

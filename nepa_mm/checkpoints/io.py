@@ -104,7 +104,7 @@ def read_checkpoint(path: str | Path, map_location: str = 'cpu',
         checkpoint = dict(state_dict=checkpoint)
     tensors = checkpoint['state_dict'] if isinstance(checkpoint, dict) else None
     if not (_is_state_dict(tensors) and tensors):
-        raise ValueError(f'{path} holds no state dict of tensors.')
+        raise ValueError(f'{path} contains no state dict of tensors.')
     checkpoint.setdefault('meta', {})
     return checkpoint
 

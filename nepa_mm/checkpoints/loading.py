@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from nepa_mm.checkpoints.io import read_checkpoint
-from nepa_mm.checkpoints.recorded import recorded_model
+from nepa_mm.checkpoints.recorded_config import recorded_model
 
 # Parts of a backbone that every task uses; output norms belong to a task.
 INNER = ('patch_embed', 'cls_token', 'register_tokens', 'pos_embed', 'layers')
@@ -37,7 +37,7 @@ def select_weights(checkpoint: dict, weights: str | None = None,
     if weights not in WEIGHTS:
         raise ValueError(f'weights must be one of {WEIGHTS}, got {weights!r}.')
     raw = checkpoint.get('ema_state_dict')
-    first = which_weights(checkpoint)
+    first = weights_kind(checkpoint)
     if weights == 'ema' and first != 'ema':
         raise ValueError(f"{name} was saved without EMA weights: weights='ema' is not in it, "
                          "use weights='raw' or leave it out.")
@@ -49,7 +49,7 @@ def select_weights(checkpoint: dict, weights: str | None = None,
     return checkpoint['state_dict']
 
 
-def which_weights(checkpoint: dict, weights: str | None = None) -> str:
+def weights_kind(checkpoint: dict, weights: str | None = None) -> str:
     """The set that :func:`select_weights` returns for these arguments: 'ema' or 'raw'."""
     if weights:
         return weights
@@ -102,7 +102,7 @@ def _load_matching(module, checkpoint, prefix='', weights=None, map_location='cp
                    adapt_input_conv=False):
     """Return the result of :func:`load_pretrained`, the set of weights loaded, and the meta."""
     read = read_checkpoint(checkpoint, map_location, weights)
-    state_dict, which = select_weights(read, weights, checkpoint), which_weights(read, weights)
+    state_dict, which = select_weights(read, weights, checkpoint), weights_kind(read, weights)
     own, found = module.state_dict(), strip_prefix(state_dict, prefix)
     matched = [key for key in own if key in found]
     new = [key for key in own if key not in found]
@@ -119,7 +119,7 @@ def _load_matching(module, checkpoint, prefix='', weights=None, map_location='cp
     module.load_state_dict(found, strict=False)
     print_log(f'Loaded {len(matched)} of {len(own)} tensors of {type(module).__name__} '
               f'from the {which} weights of {checkpoint}. New, at their initial value: '
-              f'{", ".join(new) or "none"}. In the file, without a place: '
+              f'{", ".join(new) or "none"}. Unused in the file: '
               f'{", ".join(unused) or "none"}.', logger='current')
     return (matched, new, unused), which, read['meta']
 
@@ -200,7 +200,7 @@ def check_network(own: dict[str, Tensor], found: dict[str, Tensor], name: str) -
     if missing or unused:
         raise ValueError(f'{name} holds another network: ' + '; '.join(
             f'{what} {", ".join(keys[:3])}' + f' and {len(keys) - 3} more' * (len(keys) > 3)
-            for what, keys in (('it lacks', missing), ('there is no place for', unused)) if keys)
+            for what, keys in (('it lacks', missing), ('it has no use for', unused)) if keys)
             + '.')
 
 

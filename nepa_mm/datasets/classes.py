@@ -1,13 +1,12 @@
 """Class names of datasets and checkpoints. Labels are matched by name, not by number."""
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Dataset
 
 from nepa_mm.datasets.images import IMAGE_SUFFIXES
-
-SHOWN = 5       # names in a message
+from nepa_mm.utils.text import listed
 
 
 def base_datasets(dataset: Dataset) -> list[Dataset]:
@@ -16,13 +15,6 @@ def base_datasets(dataset: Dataset) -> list[Dataset]:
     if inner == [None]:
         return [dataset]
     return [base for one in inner for base in base_datasets(one)]
-
-
-def listed(names: Iterable) -> str:
-    """``'ant, bee, cat'``; only the first ``SHOWN`` names of a longer list."""
-    names = list(map(str, names))
-    rest = len(names) - SHOWN
-    return ', '.join(names[:SHOWN]) + (f' and {rest} more' if rest > 0 else '')
 
 
 def match_classes(names: Sequence[str], known: Sequence[str], whose: str,

@@ -88,7 +88,7 @@ def open_parquet(file: str, process: int) -> tuple[Any, list[int]]:
 
 def read_row(file: str, column: str, row: int) -> bytes:
     """Return ``column.bytes`` of one row; decodes the row group that contains it."""
-    with data_errors(file, f'cannot be read at row {row}'):
+    with as_data_error(file, f'cannot be read at row {row}'):
         opened, starts = open_parquet(file, os.getpid())
         group = bisect.bisect_right(starts, row) - 1
         table = opened.read_row_group(group, columns=[f'{column}.bytes'])
@@ -106,7 +106,7 @@ def index_tar(file: Path) -> list[list]:
             members that cannot be read in place.
     """
     images, labels, names = [], {}, set()
-    with data_errors(file, 'is no tar of images and labels'), tarfile.open(file, 'r:') as opened:
+    with as_data_error(file, 'is no tar of images and labels'), tarfile.open(file, 'r:') as opened:
         for member in opened:
             name = member.name
             if os.path.basename(name).startswith('.') or member.isdir():    # macOS adds ._x
@@ -144,7 +144,7 @@ def _check_end(file, offset):
 
 
 @contextmanager
-def data_errors(file: str | Path, what: str) -> Iterator[None]:
+def as_data_error(file: str | Path, what: str) -> Iterator[None]:
     """Turn errors into a DataError that names the file.
 
     FileNotFoundError, PermissionError and ImportError pass through.
@@ -294,7 +294,7 @@ class ImageNetShards(BaseDataset):
     def _labels(self, file):
         """Label of each row, or None."""
         parquet = import_parquet()
-        with data_errors(file, 'is no Parquet file with the columns '
+        with as_data_error(file, 'is no Parquet file with the columns '
                          f'{self.image_column} and {self.label_column}'):
             opened = parquet.ParquetFile(file, page_checksum_verification=True)
             schema, rows = opened.schema_arrow, opened.metadata.num_rows
@@ -309,6 +309,6 @@ class ImageNetShards(BaseDataset):
                 labels = opened.read(columns=[self.label_column]).column(0).to_pylist()
             groups = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
             if not rows or {rows} != {sum(groups), len(labels)} or min(groups) < 0:
-                raise ValueError(f'it claims {rows} rows, of which {sum(groups)} are in its row '
-                                 f'groups and {len(labels)} have a place for a label')
+                raise ValueError(f'it claims {rows} rows, but has {sum(groups)} in its row groups '
+                                 f'and {len(labels)} labels')
         return labels

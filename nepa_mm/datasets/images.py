@@ -1,10 +1,8 @@
 """Reading image files: complete pixels, or an error of one sentence that names the file."""
 import io
-from typing import Any
 
 import mmcv
 import numpy as np
-import torch
 from mmengine import fileio
 from PIL import Image, ImageOps, ImageSequence
 
@@ -57,25 +55,6 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
             return tuple(int.from_bytes(content[i:i + 2], 'big') for i in (at + 5, at + 7))
         at += 2 + int.from_bytes(content[at + 2:at + 4], 'big')
     return None
-
-
-def decode_jpeg(content: torch.Tensor | list[torch.Tensor],
-                **options: Any) -> torch.Tensor | list[torch.Tensor]:
-    """Decode one JPEG or a list of JPEGs with torchvision.
-
-    Args:
-        content (Tensor | list[Tensor]): Bytes (n,), uint8, on the CPU.
-        **options: ``device`` and ``apply_exif_orientation``.
-
-    Returns:
-        Tensor | list[Tensor]: Pixels (3, height, width), uint8, RGB.
-
-    Raises:
-        RuntimeError: Decoding failed.
-    """
-    # a late import: torchvision 0.29 announced the removal of its decoder
-    from torchvision import io as torchvision_io
-    return torchvision_io.decode_jpeg(content, mode=torchvision_io.ImageReadMode.RGB, **options)
 
 
 def read_image(path: str, color_type: str = 'color', channels: int | None = None) -> np.ndarray:
@@ -222,22 +201,6 @@ def to_display_rgb(pixels: np.ndarray) -> np.ndarray:
 
 def _unreadable(path, error):
     return UnreadableImageError(f'The image {path} cannot be read: {first_line(error)}.')
-
-
-def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that all decoders decode alike, None for other files.
-
-    Such a file is YCbCr or grey, upright and complete.
-    """
-    try:
-        image = Image.open(io.BytesIO(content))
-        plain = (image.format == 'JPEG' and image.mode in ('RGB', 'L')
-                 and image.info.get('adobe_transform') != 0      # stored as RGB, not YCbCr
-                 and image.getexif().get(ORIENTATION, 1) == 1
-                 and b'\xff\xd9' in content[-64:])               # end of image marker
-    except Exception:       # not an image, or corrupt EXIF
-        return None
-    return image.size[::-1] if plain else None
 
 
 def check_color_type(color_type: str) -> str:

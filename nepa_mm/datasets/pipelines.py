@@ -11,14 +11,14 @@ from nepa_mm.datasets.classes import base_datasets
 from nepa_mm.datasets.transforms.loading import LoadImageWithPillow
 
 
-def slots(step: Any) -> Iterator[tuple[list, int]]:
+def iter_transforms(step: Any) -> Iterator[tuple[list, int]]:
     """Yield (list, index) of every transform within Compose, TestTimeAug and the like, in order."""
     steps = _steps(step)
     if not isinstance(steps, list):     # a Compose within a step
         steps = _steps(steps) or []
     for index, child in enumerate(steps):
         if _steps(child):
-            yield from slots(child)
+            yield from iter_transforms(child)
         else:
             yield steps, index
 
@@ -42,7 +42,7 @@ def use_one_reader(dataset: Dataset, model: nn.Module) -> None:
     patch_embed = getattr(getattr(unwrapped(model), 'backbone', None), 'patch_embed', None)
     projection = getattr(patch_embed, 'projection', None)
     for base in base_datasets(dataset):
-        for steps, index in slots(getattr(base, 'pipeline', [])):
+        for steps, index in iter_transforms(getattr(base, 'pipeline', [])):
             old = steps[index]
             if type(old) is LoadImageFromFile and vars(old) == vars(LoadImageFromFile()):
                 steps[index] = LoadImageWithPillow()

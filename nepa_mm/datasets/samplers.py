@@ -69,7 +69,7 @@ class ResumableSampler:
 
 
 class BatchIterator:
-    """Batches for an IterBasedTrainLoop; mmengine's iterator would resume at another sample.
+    """Batches for an IterBasedTrainLoop; mmengine's iterator would resume at the wrong sample.
 
     Workers start with the first request for a batch, after all hooks ran.
 

@@ -130,14 +130,14 @@ def _take_full_state(optimizer, state_dict):
     return dict(state_dict, state=state)
 
 
-class NowhereBackend(LocalBackend):
+class DiscardBackend(LocalBackend):
     """Discards the checkpoint of processes that only help to gather it."""
 
     def put(self, obj, filepath):
         """Write nothing."""
 
 
-register_backend('nowhere', NowhereBackend)
+register_backend('nowhere', DiscardBackend)
 
 
 @RUNNERS.register_module()
@@ -174,7 +174,7 @@ class FSDPRunner(Runner):
         total = sum(p.numel() for p in model.parameters())
         shard(model)
         held = sum(local_shard(p).numel() for p in model.parameters())
-        self.logger.info(f'{dist.get_world_size()} processes share {total:,} parameters, of which '
+        self.logger.info(f'{dist.get_world_size()} processes share {total:,} parameters; '
                          f'this one holds {held:,}.')
         # The cache would keep bf16 copies of all weights until the end of the forward pass.
         torch.set_autocast_cache_enabled(False)

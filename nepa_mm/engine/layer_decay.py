@@ -24,7 +24,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Parameters with equal settings share a group, because fused AdamW is faster with few.
     Groups are ordered from the bottom of the network to the top: the ``lr`` in the log is the
     lowest group's, ``base_lr`` the last block's. Groups carry ``depth_from_top`` (s) and
-    ``layer_decay_rate`` for :class:`LayerDecayCosineLR`. Their ``lr`` is final, so mmengine's
+    ``layer_decay_rate`` for :class:`LayerDecayCosineLR`, which adds warmup per layer and a
+    decay that changes during the run. Their ``lr`` is final, so mmengine's
     schedulers work as well. Frozen parameters get no group. ``fused`` is ignored on the CPU
     before torch 2.4, which does not support it.
 

@@ -5,8 +5,8 @@ from mmengine.logging import print_log
 from mmengine.registry import METRICS
 from mmseg.evaluation import IoUMetric
 
-from nepa_mm.datasets.transforms.masks import listing
 from nepa_mm.utils.errors import DataError
+from nepa_mm.utils.text import joined
 
 
 @METRICS.register_module()
@@ -39,8 +39,8 @@ class CheckedIoUMetric(IoUMetric):
                             f'ignore_index={self.ignore_index}, so nothing can be evaluated.')
         if absent:
             print_log(
-                f'The ground truth has no pixel of {listing(absent)} ({len(absent)} of '
-                f'{len(names)} classes): their Acc is nan, and their IoU is nan, which mIoU skips, '
-                'or 0 if the class was predicted, which mIoU counts.',
+                f'The ground truth has no pixel of {joined(map(repr, absent))} ({len(absent)} of '
+                f'{len(names)} classes): their Acc is nan; their IoU is nan (skipped by mIoU), or '
+                '0 (counted) if predicted.',
                 'current', logging.WARNING)
         return metrics

@@ -12,8 +12,7 @@ class NEPADataPreprocessor(SelfSupDataPreprocessor):
     """mmpretrain's SelfSupDataPreprocessor, bit for bit, without a host sync.
 
     Copies uint8 from pinned memory without blocking, and normalises in place on the device.
-    Labels stay on the host: pretraining reads none. Batches of ``encoded_collate`` are
-    copied as JPEGs and decoded on the device.
+    Labels stay on the host: pretraining reads none.
 
     Images may have any number of channels. Grey images normalised by three values become
     three channels, as in the parent class.
@@ -27,7 +26,7 @@ class NEPADataPreprocessor(SelfSupDataPreprocessor):
 
     Raises:
         ValueError: ``mean`` and ``std`` have different numbers of values, or do not match
-            the channels of the images.
+            the channels of the images; a batch is not one tensor.
     """
 
     def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
@@ -47,14 +46,13 @@ class NEPADataPreprocessor(SelfSupDataPreprocessor):
         A list of such tensors (mmpretrain's MultiView) gives a list.
         """
         images = data['inputs']
-        if isinstance(images, (list, tuple)) and all(
-                isinstance(view, torch.Tensor) and view.dim() == 4 for view in images):
+        if isinstance(images, Tensor):
+            images = self._normalise(images)
+        elif all(isinstance(view, Tensor) and view.dim() == 4 for view in images):
             images = [self._normalise(view) for view in images]
         else:
-            if not isinstance(images, torch.Tensor) or images.dim() == 1:   # JPEGs
-                from nepa_mm.datasets.transforms.gpu_decode import decode_crops
-                images = decode_crops(images, data['data_samples'], self.device)
-            images = self._normalise(images)
+            raise ValueError("Images must come as one tensor: set the data loader's collate_fn "
+                             "to dict(type='default_collate').")
         return dict(inputs=images, data_samples=data.get('data_samples'))
 
     def _normalise(self, images: Tensor) -> Tensor:

@@ -94,8 +94,9 @@ class PatchEmbed(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Two-dimensional rotary position embedding on the image's own grid.
 
-    A patch has the coordinates of its centre, in [-1, 1] over the image. No parameter
-    depends on the image size. This is DINOv3's embedding, which the reference copies.
+    A patch has the coordinates (y, x) of its centre, each in [-1, 1] over the image. An
+    angle is 2 pi * coordinate * frequency. No parameter depends on the image size. This is
+    DINOv3's embedding, which the reference copies.
 
     Each random draw holds for the local batch of one forward pass.
 
@@ -173,7 +174,7 @@ class RotaryEmbedding(nn.Module):
 class Rotation(torch.autograd.Function):
     """``x * cos + rotate_half(x) * sin``, with ``rotate_half(x) = cat(-x[K/2:], x[:K/2])``.
 
-    Reads and writes the data three times instead of eight. The gradient is the rotation by
+    Needs three passes over the data instead of eight. The gradient is the rotation by
     the negative angle. sin and cos get no gradient.
     """
 
@@ -236,7 +237,7 @@ class Attention(nn.Module):
 
     def forward(self, x, sin, cos):                                 # B T D -> B T D
         q, k, v = self.project(x, sin, cos)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,      # the causal mask
                                            dropout_p=self.attn_drop if self.training else 0.)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
@@ -293,6 +294,5 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x, sin, cos):                                 # B T D -> B T D
-        x = (x + self.drop_path(self.ls1(self.attn(self.ln1(x), sin, cos)))).to(x.dtype)
-        x = (x + self.drop_path(self.ls2(self.mlp(self.ln2(x))))).to(x.dtype)
-        return x
+        x = x + self.drop_path(self.ls1(self.attn(self.ln1(x), sin, cos)))
+        return x + self.drop_path(self.ls2(self.mlp(self.ln2(x))))

@@ -3,9 +3,9 @@
 A Vision Transformer is pretrained the way language models are: it reads the patch
 embeddings of an image in order, behind a causal mask, and predicts the next one.
 
-    z = embed(image)            # (B, N, D)  the patch embeddings, raster order
-    h = transformer([cls, z])   # (B, N, D)  position t has seen cls, z_1 ... z_t
-    loss = -cos(h, z)           # the output at t against the embedding at t + 1
+    z = embed(image)                    # (B, N, D)  patch embeddings, raster order
+    h = transformer(cls, z[:, :-1])     # (B, N, D)  h[:, t] has read cls, z[:, :t]
+    loss = -cos(h, z)                   # h[:, t] predicts z[:, t]
 
 The target is the embedding itself, detached. The embedding layer therefore learns as
 context only, never as a target. There are no pixels, no tokenizer, no second view, no
@@ -47,7 +47,7 @@ def next_embedding_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 @MODELS.register_module()
 class NEPAHead(BaseModule):
-    """Pair every output with the embedding it has to predict. The head has no parameters.
+    """Pair every output with its target embedding. The head has no parameters.
 
     Args:
         shift (int): How many patches ahead to predict. 1 is NEPA; 0, the patch itself, is

@@ -1,4 +1,7 @@
-"""Segmentation with patches that do not divide the crop; see ``custom_imports`` of the configs."""
+"""Segmentation with patches that do not divide the crop.
+
+Needs mmseg, so ``custom_imports`` of the segmentation configs names this module.
+"""
 import math
 
 import torch
@@ -35,7 +38,8 @@ def crop_or_pad(x: Tensor, size: tuple[int, int], **padding) -> Tensor:
 class NEPASegmentor(EncoderDecoder):
     """mmseg's EncoderDecoder for images whose sides are not multiples of the patch.
 
-    A crop of 512 pixels has 36.57 patches of 14 pixels per side. Under every rule, logits have
+    A crop of 512 pixels has 36.57 patches of 14 pixels per side; 'resize' makes it a map of
+    37 x 37. Under every rule, logits have
     the size of the input, and the logit at (row, column) belongs to the pixel at (row, column).
     Every rule produces at least two patches per axis: Feature2Pyramid halves the map.
 

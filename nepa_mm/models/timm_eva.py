@@ -76,7 +76,7 @@ def eva_args(backbone: dict, num_classes: int = 0) -> dict:
         attn_drop_rate=args['attn_drop_rate'], drop_path_rate=args['drop_path_rate'])
 
 
-def be_causal(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def set_causal(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a timm block: mask later tokens."""
     return args, kwargs | dict(is_causal=True)
 
@@ -85,7 +85,7 @@ def to_timm(model: dict, state_dict: dict[str, Tensor]) -> Eva:
     """A timm ``Eva`` model with the outputs of ours.
 
     timm passes causality as an argument of each call. Here a forward pre-hook of the blocks
-    (:func:`be_causal`) sets it, so every method of the model is causal. The hook is not in
+    (:func:`set_causal`) sets it, so every method of the model is causal. The hook is not in
     the state dict: call this function again to rebuild the model.
 
     Args:
@@ -115,7 +115,7 @@ def to_timm(model: dict, state_dict: dict[str, Tensor]) -> Eva:
                          f'{", ".join(missing + unexpected)}.')
     if model['backbone'].get('causal', True):
         for block in eva.blocks:
-            block.register_forward_pre_hook(be_causal, with_kwargs=True)
+            block.register_forward_pre_hook(set_causal, with_kwargs=True)
     return eva
 
 

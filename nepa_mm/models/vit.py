@@ -92,10 +92,6 @@ class NEPAViT(BaseBackbone):
         compile_blocks (bool): Whether to compile the blocks in training. All blocks share
             one compiled graph, so the first step takes seconds longer, not minutes.
             Modules and parameters stay as they are. Defaults to False.
-        bf16_residual (bool): Whether the residual stream is bf16 under bf16 autocast; the
-            reference's is fp32. Halves its traffic where ``compile_blocks`` fuses the
-            norms. Costs accuracy: bf16 rounds away what a small LayerScale adds. Outputs
-            of earlier blocks are bf16, too. Defaults to False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.', weights=None | 'ema' | 'raw',
             adapt_input_conv=False | True)`` loads a checkpoint, see
@@ -132,7 +128,7 @@ class NEPAViT(BaseBackbone):
                  img_size: int | tuple[int, int] = 224, num_register_tokens: int = 0,
                  scan: str = 'raster', remainder: str = 'error', frozen_stages: int = -1,
                  with_cp: bool = False, compile_blocks: bool = False,
-                 bf16_residual: bool = False, init_cfg: dict | None = None):
+                 init_cfg: dict | None = None):
         super().__init__(init_cfg)
         arch = self._arch_settings(arch)
         self.embed_dims, self.num_layers = arch['embed_dims'], arch['num_layers']
@@ -161,7 +157,6 @@ class NEPAViT(BaseBackbone):
                              norm_eps=norm_eps)
         self.out_type, self.with_cp, self.frozen_stages = out_type, with_cp, frozen_stages
         self.causal, self.compile_blocks, self.scan = causal, compile_blocks, scan
-        self.bf16_residual = bf16_residual
         self.num_extra_tokens = 1 + num_register_tokens     # the class token comes first
         self.out_indices = self._resolve(out_indices)
 
@@ -288,8 +283,6 @@ class NEPAViT(BaseBackbone):
             prefix.append(self.register_tokens.expand(z.shape[0], -1, -1))
         x = torch.cat((*prefix, z), dim=1)
         x = self.drop(x)
-        if self.bf16_residual and torch.is_autocast_enabled(x.device.type):
-            x = x.bfloat16()
         sin, cos = self.rope(grid, self.num_extra_tokens, x.device)
         sin, cos = sin[:x.shape[1]], cos[:x.shape[1]]
         run = compiled_block() if self.compile_blocks and self.training else run_block
@@ -302,7 +295,7 @@ class NEPAViT(BaseBackbone):
             if i in out_indices:
                 outs.append(x)
         if self.num_layers - 1 in out_indices:
-            outs[-1] = self.norm(x.to(self.cls_token.dtype))
+            outs[-1] = self.norm(x)
         return outs
 
     def _positions(self, grid):                                     # 1 N D, in scan order

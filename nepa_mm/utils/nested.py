@@ -6,7 +6,7 @@ from typing import Any
 from mmengine.config import Config
 
 
-def at(node: Any, path: Sequence[str]) -> Any:
+def get_path(node: Any, path: Sequence[str]) -> Any:
     """Return the value at a path of a config. Digits index lists and tuples.
 
     Raises:
@@ -25,7 +25,7 @@ def at(node: Any, path: Sequence[str]) -> Any:
 def exists(cfg: Any, path: Sequence[str]) -> bool:
     """Whether a config has a value at a path."""
     with suppress(KeyError):
-        at(cfg, path)
+        get_path(cfg, path)
         return True
     return False
 
@@ -40,7 +40,7 @@ def paths(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
             yield from paths(child, (*path, str(name)))
 
 
-def dicts(node: Any) -> Iterator[dict]:
+def iter_dicts(node: Any) -> Iterator[dict]:
     """Yield every dict of a nested config, outermost first."""
     if isinstance(node, dict):
         yield node
@@ -48,4 +48,4 @@ def dicts(node: Any) -> Iterator[dict]:
     elif not isinstance(node, (list, tuple)):
         return
     for child in node:
-        yield from dicts(child)
+        yield from iter_dicts(child)

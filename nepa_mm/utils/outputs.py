@@ -77,7 +77,7 @@ def dataset_pages(dataset: Dataset, out_dir: str | Path) -> dict[str, Path]:
     return pages[0]
 
 
-def check_new(path: str | Path, flag: str) -> None:
+def require_new_path(path: str | Path, flag: str) -> None:
     """Reject an existing file or a folder that is not empty.
 
     Raises:
@@ -87,7 +87,7 @@ def check_new(path: str | Path, flag: str) -> None:
         raise FileExistsError(f'{flag} {path} exists already; remove it or name another.')
 
 
-def own_folder(folder: Path, note: str) -> None:
+def claim_folder(folder: Path, note: str) -> None:
     """Create a folder for the files of one tool, or reuse one that the tool created.
 
     Args:
@@ -98,6 +98,6 @@ def own_folder(folder: Path, note: str) -> None:
         FileExistsError: The folder has other content.
     """
     if not (folder / note).is_file():
-        check_new(folder, 'The folder')
+        require_new_path(folder, 'The folder')
         folder.mkdir(parents=True, exist_ok=True)
         (folder / note).touch()

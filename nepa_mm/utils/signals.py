@@ -26,16 +26,16 @@ def _record(signum, frame):
     request.received = True
 
 
-def listen() -> Handler:
+def record_sigterm() -> Handler:
     """Record SIGTERM from now on instead of exiting. Returns the previous handler."""
     request.received = request.agreed = False
     return _set(_record)
 
 
-def end_at_once() -> Handler:
+def exit_on_sigterm() -> Handler:
     """Exit with ``STATUS`` as soon as SIGTERM arrives. Returns the previous handler."""
     def end(signum, frame):
-        listen()        # a second SIGTERM must not interrupt the exit
+        record_sigterm()        # a second SIGTERM must not interrupt the exit
         raise SystemExit(STATUS)
     return _set(end)
 

@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 
 from nepa_mm.utils.files import atomic_write
-from nepa_mm.visualization.inspect import View
+from nepa_mm.visualization.image_maps import View
 
 QUERY, TARGET, NO_VALUE, DASHES = '#ff2d2d', '#00b7ff', '#d4d4d8', (0, (2, 1))
 # map: (name on a sheet, colour map, mark the target); the last three need a prediction

@@ -22,7 +22,8 @@ from .signals import signals
 from .sizes import backbone, patches, rope
 
 CROP = dict(scale=28, crop_ratio_range=(0.08, 1.))
-WHOLE = [dict(type='LoadImageWithPillow'), dict(type='RandomResizedCrop', backend='pillow', **CROP)]
+PILLOW = [dict(type='LoadImageWithPillow'),
+          dict(type='RandomResizedCrop', backend='pillow', **CROP)]
 FAST = [dict(type='LoadRandomResizedCrop', **CROP)]
 # title, campaign, number in full, number under pytest
 CAMPAIGNS = [
@@ -32,7 +33,7 @@ CAMPAIGNS = [
     ('full disks, odd files, two runs, leftovers', disks, len(DISK_CASES), 4),
     ('damaged checkpoints of a run', checkpoints, 1000, 200),
     ('hostile checkpoints through every command', hostile, 2000, 150),
-    ('damaged images, LoadImageWithPillow', partial(images, steps=WHOLE), 1000, 1000),
+    ('damaged images, LoadImageWithPillow', partial(images, steps=PILLOW), 1000, 1000),
     ('damaged images, LoadRandomResizedCrop', partial(images, steps=FAST), 1000, 1000),
     ('damaged tar and Parquet shards and their index', shards, 600, 90),
     ('damaged weights and configs in the converter', converter, 1000, 400),

@@ -110,7 +110,7 @@ def full_disk():
         lost = judge(status, said, 0)
         if lost:
             return lost
-        for text in ('LocalVisBackend cannot write', 'the run goes on without it',
+        for text in ('LocalVisBackend cannot write', 'the run continues without it',
                      'LocalVisBackend can write again'):
             if text not in said:
                 return f'{text!r} is missing'

@@ -19,13 +19,13 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image, ImageOps
 
 from nepa_mm import apis
-from nepa_mm.apis.channels import preprocessor_settings, type_name
+from nepa_mm.apis.channel_checks import preprocessor_settings, type_name
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
 from nepa_mm.datasets.images import read_image, to_display_rgb
 from nepa_mm.models.vit import NEPAViT
-from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.nested import iter_dicts
 from nepa_mm.utils.outputs import page_names
-from nepa_mm.visualization.inspect import inspect_image
+from nepa_mm.visualization.image_maps import inspect_image
 from nepa_mm.visualization.pages import draw_page, draw_sheet
 
 READS = ('model', 'data_preprocessor', 'train_dataloader', 'default_scope', 'custom_imports')
@@ -82,7 +82,7 @@ def build_backbone(cfg, args):
 def training_size(cfg):
     """Return the short side of the config's training crops; 224 if it has none."""
     sizes = [step.get('crop_size', step.get('scale'))
-             for step in dicts(cfg.get('train_dataloader') or {})]
+             for step in iter_dicts(cfg.get('train_dataloader') or {})]
     sizes = [np.min(size) for size in sizes if size is not None]
     return int(sizes[-1]) if sizes else 224
 

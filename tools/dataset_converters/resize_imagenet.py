@@ -19,7 +19,7 @@ from mmengine.utils import ProgressBar
 from nepa_mm import apis
 from nepa_mm.datasets.images import IMAGE_SUFFIXES
 from nepa_mm.datasets.resize import resize_image
-from nepa_mm.utils.outputs import own_folder
+from nepa_mm.utils.outputs import claim_folder
 
 
 def parse_args(argv=None):
@@ -43,7 +43,7 @@ def check(args):
         raise ValueError('--short-side and --workers must be positive and --quality 1 to 95, got '
                          f'{args.short_side}, {args.workers} and {args.quality}.')
     settings = json.dumps(dict(short_side=args.short_side, quality=args.quality))
-    own_folder(args.target, 'resize.json')
+    claim_folder(args.target, 'resize.json')
     note = args.target / 'resize.json'
     before = note.read_text()
     if before not in ('', settings):

@@ -31,7 +31,7 @@ from nepa_mm.apis.input_spec import (
 from nepa_mm.checkpoints.hub import download
 from nepa_mm.checkpoints.huggingface import (
     DROPPED,
-    fit,
+    check_and_complete,
     fold_layer_scale,
     match_names,
     to_published,
@@ -43,8 +43,8 @@ from nepa_mm.checkpoints.huggingface_config import (
     published_config,
 )
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
-from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, which_weights
-from nepa_mm.checkpoints.recorded import recorded_config
+from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, weights_kind
+from nepa_mm.checkpoints.recorded_config import recorded_config
 from nepa_mm.utils.files import atomic_write
 
 BASES = dict(NEPA='pretrain/nepa_vit-b.py', b='classification/nepa_vit-b_ft_in1k.py',
@@ -146,14 +146,14 @@ def to_mm(args):
               + ', '.join(f'{key}={DEFAULTS[key]}' for key in missing))
     checkpoint = read_checkpoint(args.src, weights=args.weights)
     state_dict = select_weights(checkpoint, args.weights, args.src)
-    which = which_weights(checkpoint, args.weights)
+    which = weights_kind(checkpoint, args.weights)
     names = checkpoint.get('published_names')
     if names is None:
         raise ValueError(f'{args.src} holds no published NEPA weights: it has keys like '
                          f'{", ".join(list(state_dict)[:3])}, but none below vit_nepa.')
     classes = count_classes(state_dict)
     model = model_cfg(config, classes)
-    new = fit(state_dict, model)
+    new = check_and_complete(state_dict, model)
     if args.fold_layer_scale:
         state_dict = fold_layer_scale(state_dict)
         model['backbone']['layer_scale_init_value'] = None
@@ -196,7 +196,7 @@ def to_hf(args):
         raise FileExistsError(f'{folder} exists already; remove it or choose another name.')
     checkpoint = read_checkpoint(args.src, weights=args.weights)
     state_dict = select_weights(checkpoint, args.weights, args.src)
-    which, meta = which_weights(checkpoint, args.weights), checkpoint['meta']
+    which, meta = weights_kind(checkpoint, args.weights), checkpoint['meta']
     cfg = (Config.fromfile(args.config).to_dict() if args.config
            else recorded_config(meta, args.src))
     if cfg.get('model') is None:
@@ -229,7 +229,7 @@ def to_hf(args):
                           label2id={name: i for i, name in enumerate(names)})
     # may raise, hence before anything is written
     preprocessing = json.dumps(preprocessor_config(images), indent=2) if images else None
-    new = fit(state_dict, model_cfg(config, classes))
+    new = check_and_complete(state_dict, model_cfg(config, classes))
     # config.json comes last: readers of weights reject a folder without it
     save_weights(to_published(state_dict), folder / 'model.safetensors', for_transformers=True,
                  source=args.src, weights=dict(state_dict=which), **kept)

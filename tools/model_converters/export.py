@@ -27,7 +27,7 @@ from nepa_mm.apis.input_spec import class_names, input_of, pixels_of, size_of
 from nepa_mm.checkpoints.io import read_checkpoint
 from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
 from nepa_mm.utils.files import atomic_write
-from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.nested import iter_dicts
 
 TOLERANCE = 1e-4
 SUFFIXES = dict(onnx='.onnx', **{'torch-export': '.pt2'})
@@ -86,7 +86,7 @@ def describe(cfg, args):
 def build(cfg, args, size):
     """Return the network with a constant rotary embedding, a test batch, and the set of weights."""
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
-    for node in dicts(cfg.model):
+    for node in iter_dicts(cfg.model):
         node.pop('init_cfg', None)      # the checkpoint has all weights
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'

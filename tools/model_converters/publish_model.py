@@ -14,8 +14,8 @@ from nepa_mm import apis
 from nepa_mm.apis.input_spec import input_of
 from nepa_mm.checkpoints.hub import sha256
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
-from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, which_weights
-from nepa_mm.checkpoints.recorded import recorded_config
+from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, weights_kind
+from nepa_mm.checkpoints.recorded_config import recorded_config
 
 
 def parse_args(argv=None):
@@ -40,7 +40,7 @@ def publish(args):
         except ValueError as error:     # the weights are useful without it
             print(f'The input spec is not recorded: {error}')
     kept = {key: value for key, value in kept.items() if value is not None}
-    which = which_weights(checkpoint, args.weights)
+    which = weights_kind(checkpoint, args.weights)
     draft = Path(f'{args.out_prefix}_draft.safetensors')
     save_weights(state_dict, draft, weights=dict(state_dict=which), **kept)
     final = f'{args.out_prefix}_{datetime.date.today():%Y%m%d}-{sha256(draft)[:8]}.safetensors'

@@ -1,8 +1,7 @@
 """Pipeline transforms; importing this package registers them."""
-from . import gpu_decode  # noqa: F401
-from .crops import LoadRandomResizedCrop, PackEncodedCrop
+from .crops import LoadRandomResizedCrop
 from .loading import LoadImageWithPillow
 from .timm_augment import TimmBatchAugment, TimmRandAugment
 
-__all__ = ['LoadRandomResizedCrop', 'LoadImageWithPillow', 'PackEncodedCrop', 'TimmBatchAugment',
+__all__ = ['LoadRandomResizedCrop', 'LoadImageWithPillow', 'TimmBatchAugment',
            'TimmRandAugment']

@@ -3,20 +3,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
 from mmengine.registry import TRANSFORMS
-from mmpretrain.datasets.transforms import PackInputs, RandomResizedCrop
+from mmpretrain.datasets.transforms import RandomResizedCrop
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from nepa_mm.datasets.images import (
     check_color_type,
     decode_image,
-    decode_jpeg,
     jpeg_size,
-    plain_jpeg_size,
     read_bytes,
 )
 
@@ -89,62 +86,10 @@ class LoadRandomResizedCrop(RandomResizedCrop):
         size = jpeg_size(content)
         if size is None or math.prod(size) > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
+        # a late import: torchvision 0.29 announced the removal of its decoder
+        from torchvision.io import ImageReadMode, decode_jpeg
         try:
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8),
-                               apply_exif_orientation=True)
+                               ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:
             return None
-
-
-@TRANSFORMS.register_module()
-class PackEncodedCrop(LoadRandomResizedCrop):
-    """LoadRandomResizedCrop, RandomFlip and PackInputs in one; JPEGs stay encoded.
-
-    Draws the same crop and flip from the size in the file's header and packs the bytes. Other
-    files (PNG, CMYK, rotated by EXIF, truncated) are decoded, cropped and flipped here, so
-    UnreadableImageHook still replaces truncated files. Requires
-    ``collate_fn=dict(type='encoded_collate')``, NEPADataPreprocessor and torchvision >= 0.19.
-
-    Args:
-        scale (int | Sequence[int]): Side, or height and width, of the output in pixels.
-        flip_prob (float): Probability of a horizontal flip. Defaults to 0.5.
-        **kwargs: ``interpolation``, ``crop_ratio_range`` and other arguments of
-            LoadRandomResizedCrop. ``color_type`` must be 'color'.
-
-    Returns ``inputs``, the bytes of the file or pixels (3, height, width), uint8, BGR; and
-    ``data_samples`` with ``img_shape`` and ``flip``, for bytes also ``crop`` (top, left, height,
-    width) and ``interpolation``.
-
-    Raises:
-        ValueError: ``flip_prob`` is not in [0, 1], or ``color_type`` is not 'color'.
-        UnreadableImageError: See LoadImageWithPillow.
-    """
-
-    def __init__(self, scale: int | Sequence[int], flip_prob: float = 0.5, **kwargs: Any):
-        super().__init__(scale, **kwargs)
-        if not 0 <= flip_prob <= 1:
-            raise ValueError(f'flip_prob must be between 0 and 1, got {flip_prob}.')
-        if self.color_type != 'color':
-            raise ValueError("PackEncodedCrop reads images of color_type='color' only, got "
-                             f'{self.color_type!r}; use LoadRandomResizedCrop.')
-        self.flip_prob = flip_prob
-        self.pack = PackInputs(
-            meta_keys=(*PackInputs.DEFAULT_META_KEYS, 'crop', 'interpolation'))
-
-    def transform(self, results: dict) -> dict:
-        """Read ``results['img_path']`` and pack it."""
-        path = results['img_path']
-        content = read_bytes(path)
-        encoded = plain_jpeg_size(content)
-        if encoded:
-            results['ori_shape'] = encoded
-            results['crop'] = self.rand_crop_params(np.broadcast_to(0, results['ori_shape']))
-            results['img_shape'], results['interpolation'] = tuple(self.scale), self.interpolation
-        else:
-            results = super().transform(results)
-        results['flip'] = bool(np.random.random_sample() < self.flip_prob)     # as RandomFlip
-        if encoded:
-            return dict(self.pack(results), inputs=content)
-        if results['flip']:
-            results['img'] = mmcv.imflip(results['img'])
-        return self.pack(results)

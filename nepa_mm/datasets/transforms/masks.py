@@ -1,5 +1,5 @@
 """Segmentation masks, with a check of every value."""
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import mmcv
@@ -14,8 +14,7 @@ stack.require('mmseg')
 from mmseg.datasets.transforms import LoadAnnotations
 
 from nepa_mm.utils.errors import DataError, first_line
-
-MANY = 8    # values or names in a message
+from nepa_mm.utils.text import joined
 
 
 def read_mask(path: str, backend: str = 'pillow', backend_args: dict | None = None) -> np.ndarray:
@@ -41,22 +40,16 @@ def read_mask(path: str, backend: str = 'pillow', backend_args: dict | None = No
                    if mask.shape[-1] > 2 else colours)
         raise DataError(
             f'The mask {path} is an image of {mask.shape[-1]} channels with colours such as '
-            f'{join([tuple(colour.tolist()) for colour in colours[:3]])}, but the dataset needs '
+            f'{joined([tuple(colour.tolist()) for colour in colours[:3]])}, but the dataset needs '
             'masks of one class index per pixel (a grey or palette PNG).')
     return mask
 
 
 def values_of(mask: np.ndarray) -> np.ndarray:
-    """The distinct values of a mask, ascending."""
+    """Unique values of a mask, sorted."""
     if mask.dtype == np.uint8:      # ten times faster than sorting
         return np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     return np.unique(mask.astype(int) if mask.dtype == bool else mask)
-
-
-def join(words: Iterable) -> str:
-    """``[0, 1, 2]`` -> ``'0, 1 and 2'``."""
-    *words, last = map(str, words)
-    return f'{", ".join(words)} and {last}' if words else last
 
 
 def spans(values: Iterable[int]) -> str:
@@ -67,7 +60,7 @@ def spans(values: Iterable[int]) -> str:
             ends[-1][1] = value
         else:
             ends.append([value, value])
-    return join(f'{a}..{b}' if b > a else a for a, b in ends) if ends else 'none'
+    return joined(f'{a}..{b}' if b > a else a for a, b in ends) if ends else 'none'
 
 
 @TRANSFORMS.register_module()
@@ -154,8 +147,8 @@ class LoadCheckedMask(LoadAnnotations):
         ignored = table == self.ignore_index
         classes = np.flatnonzero((table < self.num_classes) & ~ignored)
         names = [f'{value:g}' if isinstance(value, float) else value for value in values.tolist()]
-        found = (f'{len(names)} values, {names[0]}..{names[-1]}' if len(names) > MANY else
-                 f'the value{"s" if len(names) > 1 else ""} {join(names)}')
+        found = (f'{len(names)} values, {names[0]}..{names[-1]}' if len(names) > 8 else
+                 f'the value{"s" if len(names) > 1 else ""} {joined(names)}')
         out = np.flatnonzero(ignored).tolist()
         if results.get('reduce_zero_label') or len(out) > 1:
             left_out = f'{spans(out)} {"are" if len(out) > 1 else "is"} ignored'
@@ -167,9 +160,3 @@ class LoadCheckedMask(LoadAnnotations):
                 if values[-1] == self.num_classes and not results.get('reduce_zero_label') else '')
         return (f'holds {found}, but the classes are {spans(classes.tolist())}, {left_out}: the '
                 f'dataset needs masks of class indices{hint}')
-
-
-def listing(names: Sequence) -> str:
-    """``"'cat' and 'dog'"``; only the first ``MANY`` names of a longer list."""
-    more = len(names) - MANY
-    return join([repr(name) for name in names[:MANY]] + ([f'{more} more'] if more > 0 else []))

@@ -14,7 +14,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 from nepa_mm.engine.hooks.non_finite_guard import NonFiniteGuardHook
 from nepa_mm.utils.files import atomic_write, lock_folder, remove_leftovers, survive_full_disk
-from nepa_mm.utils.signals import STATUS, listen, request, restore, shield_workers
+from nepa_mm.utils.signals import STATUS, record_sigterm, request, restore, shield_workers
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -138,7 +138,7 @@ class AtomicCheckpointHook(CheckpointHook):
             shield_workers(loop.dataloader)
         self.guarded = any(isinstance(hook, NonFiniteGuardHook) and hook.watching
                            for hook in runner.hooks)
-        self.previous, self.listening = listen(), True
+        self.previous, self.listening = record_sigterm(), True
         if self.validating and runner.val_loop is not None:
             runner.logger.info('Repeating the validation that SIGTERM interrupted.')
             runner.val_loop.run()
@@ -158,7 +158,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def after_train(self, runner):
         """Stop listening."""
-        with self._all_or_nothing(runner):
+        with self._roll_back_on_error(runner):
             super().after_train(runner)
         restore(self.previous)
         self.listening = False
@@ -192,13 +192,13 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _save_and_exit(self, runner, **meta):
         runner.logger.warning('SIGTERM: saving interrupted.pth and exiting.')
-        with self._all_or_nothing(runner):
+        with self._roll_back_on_error(runner):
             self._write(runner, 'interrupted.pth', meta)
         dist.barrier()
         raise SystemExit(STATUS)
 
     def _save_checkpoint_with_step(self, runner, step, meta):
-        with self._all_or_nothing(runner):
+        with self._roll_back_on_error(runner):
             if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
                 if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
                     self.file_backend.remove(
@@ -223,11 +223,11 @@ class AtomicCheckpointHook(CheckpointHook):
             self.file_backend.put(self.last_ckpt.encode(), pointer)
 
     def _save_best_checkpoint(self, runner, metrics):
-        with self._all_or_nothing(runner):
+        with self._roll_back_on_error(runner):
             super()._save_best_checkpoint(runner, metrics)
 
     @contextmanager
-    def _all_or_nothing(self, runner):
+    def _roll_back_on_error(self, runner):
         """Remove outdated files after a complete write; roll back after a failed one."""
         own = {name: copy(value) for name, value in vars(self).items()
                if name != 'file_backend'}
@@ -248,7 +248,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 raise
             # with the iteration, for mmengine logs equal warnings once
             runner.logger.warning(f'The checkpoint of iteration {runner.iter} could not be '
-                                  f'written, the run goes on without it: {error}')
+                                  f'written, the run continues without it: {error}')
         finally:
             self.writing = outer
 

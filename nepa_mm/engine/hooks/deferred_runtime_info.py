@@ -82,11 +82,11 @@ def log_scalar(message_hub: MessageHub, key: str, value: float | torch.Tensor) -
 
 @HOOKS.register_module()
 class DeferredRuntimeInfoHook(RuntimeInfoHook):
-    """mmengine's RuntimeInfoHook, which logs losses, without a host sync per iteration.
+    """RuntimeInfoHook that logs losses without a host sync per iteration.
 
     Every history of the message hub becomes a :class:`DeferredHistory`. Losses, and the
     gradient norm of :class:`~nepa_mm.engine.BF16OptimWrapper`, are read from the device when
-    they are printed or saved. A history keeps its latest values only. The log is the same.
+    they are printed or saved. Histories are bounded. The log is the same.
 
     Replaces mmengine's hook: ``default_hooks=dict(runtime_info=dict(type=...))``.
 

@@ -28,7 +28,7 @@ class ExactResumeHook(Hook):
 
     - The run counts samples. A resumed run continues with the next sample. No sample is lost or
       repeated, also with another number of processes or another batch size. If the samples
-      seen are not a multiple of the new iteration, less than one iteration is repeated.
+      seen are not a multiple of the new global batch, less than one iteration is repeated.
     - Augmentations of a sample are seeded by (seed, pass over the data, sample index), below
       any wrapper of the data set.
     - Before each iteration every process seeds its generators by (seed, pass, position of its
@@ -144,7 +144,8 @@ class ExactResumeHook(Hook):
                     scheduler.step()
         now = settings_of(runner)
         changed = {key: (old[key], new[key]) for old, new in zip(saved, now) for key in new
-                   if key in old and not key.startswith('initial_') and old[key] != new[key]}
+                   if key in old and old[key] != new[key]
+                   and not key.startswith(('initial_', 'name'))}
         if changed:
             runner.logger.warning(
                 f'The optimizer follows the config from iteration {runner.iter + 1} on, not the '
@@ -225,16 +226,16 @@ def differences_of_runs(old: dict, new: dict, runner: Runner, iteration: int) ->
     if before == now:
         return
     words = '{} processes x {} samples x {} accumulated'
-    sentence = f'The run goes on with {words.format(*now)} (it had {words.format(*before)})'
+    sentence = f'The run continues with {words.format(*now)} (it had {words.format(*before)})'
     if isinstance(runner.train_loop, IterBasedTrainLoop) and before[0] * before[1] != (
             now[0] * now[1]):
         length = runner.max_iters * now[0] * now[1]
         if iteration >= runner.max_iters:
             raise ValueError(
                 f'The checkpoint has seen {new["seen"]} samples, and train_cfg.max_iters='
-                f'{runner.max_iters} ends this run after {length}, for an iteration has '
-                f'{now[0] * now[1]} and had {before[0] * before[1]}; raise max_iters and the ends '
-                'of param_scheduler.')
-        sentence += (f'; its {runner.max_iters} iterations are {length} samples, of which '
-                     f'{iteration} and {new["seen"]} are done')
+                f'{runner.max_iters} ends this run after {length} (an iteration has '
+                f'{now[0] * now[1]} samples and had {before[0] * before[1]}); raise max_iters and '
+                'the ends of param_scheduler.')
+        sentence += (f'; {iteration} of {runner.max_iters} iterations ({new["seen"]} of {length} '
+                     'samples) are done')
     yield sentence + '.'

@@ -15,7 +15,7 @@ from nepa_mm.engine.fsdp_runner import is_sharded
 
 
 @contextmanager
-def _figures_only(evaluator):
+def _without_predictions(evaluator):
     """An evaluator that writes no predictions: those of the EMA weights are on disk already."""
     metrics, folders = evaluator.metrics, {}
     evaluator.metrics = [metric for metric in metrics if not isinstance(metric, DumpResults)]
@@ -118,7 +118,7 @@ class ModelEMAHook(EMAHook):
             return {}
         print_log('Evaluating the raw weights: names end in _raw.', logger='current')
         step = runner.model.val_step if loop is runner.val_loop else runner.model.test_step
-        with _figures_only(loop.evaluator) as evaluator, torch.no_grad():
+        with _without_predictions(loop.evaluator) as evaluator, torch.no_grad():
             for data_batch in loop.dataloader:      # without hooks, which would draw figures again
                 with autocast(enabled=loop.fp16):
                     outputs = step(data_batch)

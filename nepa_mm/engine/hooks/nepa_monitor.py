@@ -125,7 +125,7 @@ class NEPAMonitorHook(Hook):
         """Find the parts of the model."""
         self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not hasattr(getattr(self.model, 'head', None), 'shift'):
-            raise ValueError(f'{type(self).__name__} monitors NEPA and its NEPAHead, '
+            raise ValueError(f'{type(self).__name__} works only with a NEPA model, '
                              f'got {type(self.model).__name__}.')
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):

@@ -10,8 +10,6 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
-from nepa_mm.datasets.transforms.gpu_decode import batch_shape
-
 
 def flops_per_image(model: nn.Module, height: int, width: int) -> int:
     """Floating-point operations of NEPA for one image, forward and backward.
@@ -119,7 +117,7 @@ class ThroughputHook(Hook):
         if self.images and self.every_n_train_iters(runner, self.interval):
             total = self.waiting + self.working
             rate = self.images / total  # of this process
-            flops = flops_per_image(self.model, *batch_shape(data_batch)[1:])
+            flops = flops_per_image(self.model, *data_batch['inputs'][0].shape[-2:])
             runner.message_hub.update_scalars({
                 'train/images_per_second': rate * get_world_size(),
                 'train/data_wait': self.waiting / total,
@@ -129,5 +127,5 @@ class ThroughputHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Count the images and the time of the iteration."""
         now = time.perf_counter()
-        self.images += batch_shape(data_batch)[0]
+        self.images += len(data_batch['inputs'])
         self.working, self.mark = self.working + now - self.mark, now

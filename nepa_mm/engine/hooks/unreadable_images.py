@@ -44,7 +44,7 @@ class ReadableSamples:
                 label = info.get('gt_label', info.get('seg_map_path'))
                 if label is not None and not self.replace_labelled:
                     raise UnreadableImageError(
-                        f'{error} Its label {label} is not replaced silently: repair or '
+                        f'{error} Its label {label} is not replaced by default: repair or '
                         'remove the file, or set replace_labelled=True in UnreadableImageHook.'
                         ) from error
                 errors[info['img_path']] = str(error)
@@ -69,9 +69,8 @@ class UnreadableImageHook(Hook):
     An unreadable image with a label or mask is an error by default: replacing it would change
     the classes silently. With ``replace_labelled``, image and label are both replaced.
 
-    Supports mmengine's data sets with pipelines that load by LoadImageWithPillow,
-    LoadRandomResizedCrop or PackEncodedCrop and end with data samples. Does not touch
-    validation and test data. Damage that only the device's decoder detects is an error.
+    Supports mmengine's data sets with pipelines that load by LoadImageWithPillow or
+    LoadRandomResizedCrop and end with data samples. Does not touch validation and test data.
 
     Args:
         replace_labelled (bool): Whether to replace samples with ``gt_label``. Defaults to

@@ -1,4 +1,4 @@
-"""Guess which key was meant by one that nothing reads."""
+"""Suggest config keys for one that nothing reads."""
 import ast
 import re
 from collections.abc import Set
@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 from mmengine.config import Config
 
 from nepa_mm.apis.config_keys import accepted_keys
-from nepa_mm.utils.nested import at, exists, paths
+from nepa_mm.utils.nested import exists, get_path, paths
 
 
 def similarity(name: str, other: str) -> float:
@@ -22,7 +22,7 @@ def similarity(name: str, other: str) -> float:
 
 def nearest_paths(cfg: Config, names: tuple[str, ...], reads: Set[str], repair: bool = True
                   ) -> list[tuple[str, ...]]:
-    """Return paths that are read and may have been meant by one that is not.
+    """Suggest paths of a config for one that nothing reads.
 
     Args:
         cfg (Config): The config.
@@ -57,13 +57,13 @@ def repair_path(cfg: Config, names: tuple[str, ...], reads: Set[str], least: flo
                 ) -> tuple[str, ...] | None:
     """Replace every unknown name of a path by its most similar sibling.
 
-    Return None if a similarity is below ``least``.
+    Return None if the best match of a name scores below ``least``.
     """
     path = ()
     for i, name in enumerate(names):
         if not exists(cfg, path):
             return path + names[i:]
-        node = at(cfg, path)
+        node = get_path(cfg, path)
         keys = (accepted_keys(cfg, path) if path else reads) or {
             path[0] for path in paths(node) if path}
         if name not in keys:
@@ -142,6 +142,6 @@ def value_paths(cfg: Config, name: str, reads: Set[str]) -> list[tuple[str, ...]
                 found.append(path)
     if isinstance(value, (dict, list, tuple)) and value:
         same = [path for top in reads & set(cfg) for path in paths(cfg[top], (top,))
-                if at(cfg, path) == value]
-        found = same or [path for path in found if type(at(cfg, path)) is type(value)]
+                if get_path(cfg, path) == value]
+        found = same or [path for path in found if type(get_path(cfg, path)) is type(value)]
     return sorted(found)

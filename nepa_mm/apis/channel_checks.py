@@ -5,9 +5,9 @@ from mmengine.config import Config
 
 from nepa_mm.datasets.images import check_color_type
 from nepa_mm.models.vit import NEPAViT
-from nepa_mm.utils.nested import dicts
+from nepa_mm.utils.nested import iter_dicts
 
-READERS = ('LoadImageWithPillow', 'LoadImageFromFile', 'LoadRandomResizedCrop', 'PackEncodedCrop')
+READERS = ('LoadImageWithPillow', 'LoadImageFromFile', 'LoadRandomResizedCrop')
 CHANNELS = dict(color=3, grayscale=1)       # of a color_type
 COLOUR_ONLY = ('TimmRandAugment', 'PhotoMetricDistortion')
 
@@ -19,13 +19,14 @@ def type_name(node: Mapping) -> str:
 
 def in_channels(cfg: Config) -> int:
     """Return ``in_channels`` of the config's backbone; 3 without a NEPAViT."""
-    nodes = [node for node in dicts(cfg.get('model') or {}) if type_name(node) == NEPAViT.__name__]
+    nodes = [node for node in iter_dicts(cfg.get('model') or {})
+             if type_name(node) == NEPAViT.__name__]
     return nodes[0].get('in_channels', 3) if nodes else 3
 
 
 def preprocessor_settings(cfg: Config) -> dict:
     """Return the config of the data preprocessor: the model's, else the top-level one."""
-    for node in [*dicts(cfg.get('model') or {}), cfg]:
+    for node in [*iter_dicts(cfg.get('model') or {}), cfg]:
         if node.get('data_preprocessor'):
             return node['data_preprocessor']
     return {}
@@ -43,7 +44,7 @@ def color_type(cfg: Config, *loaders: str) -> str:
         ``in_channels``.
     """
     for name in loaders:
-        for node in dicts(cfg.get(name) or {}):
+        for node in iter_dicts(cfg.get(name) or {}):
             if type_name(node) in READERS:
                 return node.get('color_type', 'color')
     names = {channels: name for name, channels in CHANNELS.items()}
@@ -70,7 +71,7 @@ def check_channels(cfg: Config, *loaders: str) -> None:
                              f"backbone's in_channels={wanted}; give one, or {wanted}.")
     normalised = len(settings.get('mean') or [0])
     for name in loaders:
-        for node in dicts(cfg.get(name) or {}):
+        for node in iter_dicts(cfg.get(name) or {}):
             if type_name(node) in READERS:
                 given = check_color_type(node.get('color_type', 'color'))
                 found = max(CHANNELS.get(given, wanted), normalised)
