@@ -177,9 +177,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize('case', CASES, ids=range(4))
-@pytest.mark.parametrize('recorded', [True, False], ids=['recorded', 'config'])
-def test_converted_files_give_the_scores_of_the_original(case, recorded, capsys):
+@pytest.mark.parametrize('number, recorded', [
+    (0, True), (1, True), (2, True), (3, True), (1, False)])
+def test_converted_files_give_the_scores_of_the_original(number, recorded, capsys):
+    case = CASES[number]
     names = case.get('names', ['ant', 'bee', 'cat'])
     for i in range(4 * len(names)):
         save_image(Path(f'data/val/{names[i // 4]}/{i}.jpg'), (70 + i, 90 - i))
@@ -232,8 +233,8 @@ def test_converted_files_give_the_scores_of_the_original(case, recorded, capsys)
         assert metrics == results[0][0] and torch.equal(scores, results[0][1])
     assert read_checkpoint('back.safetensors')['meta']['dataset_meta'] == dict(classes=names)
     assert len(results[0][1]) == 4 * len(names)
-    # a config that anybody's tool can read
-    python('-c', 'from mmengine import Config; Config.fromfile("back.py")')
+    if number == 0:     # a config that anybody's tool can read
+        python('-c', 'from mmengine import Config; Config.fromfile("back.py")')
 
 
 def test_preprocessor_gives_the_pixels_of_the_pipeline():

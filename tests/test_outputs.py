@@ -1,6 +1,9 @@
 """Every input gets its own output, and no tool touches a file that it did not make."""
+import io
 import json
 import re
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,10 @@ from mmengine.config import Config
 from PIL import Image
 
 from .tiny_runs import (
+    load_tool,
     run_script,
+    run_test,
+    run_train,
     save_classifier,
     save_constant,
     save_image,
@@ -34,9 +40,24 @@ def untouched(before):
     return {path: Path(path).read_bytes() for path in before} == before
 
 
-def typed(*command, status=0):
-    """Type a command; what it said."""
-    code, said = run_script(*command, cwd=Path.cwd())
+def in_process(name, *args):
+    """Call a tool as a command does: (status, what it said)."""
+    tool, said, status = load_tool(name), io.StringIO(), 0
+    main = dict(train=run_train, test=run_test).get(name, tool.main)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setitem(sys.modules, tool.__name__, tool)     # for the processes of a pool
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as ended:
+            status = ended.code
+    return status, said.getvalue()
+
+
+def typed(command, *args, status=0):
+    """Type a command; what it said. Python runs in this process, which saves its imports."""
+    name, _, suffix = command.partition('.')
+    code, said = (run_script(command, *args, cwd=Path.cwd()) if suffix == 'sh' else
+                  in_process(name, *args))
     assert code == status, said
     if status:
         assert said.count('error: ') == 1 and 'Traceback' not in said, said
@@ -70,7 +91,8 @@ def test_visualize():
     before = contents()
     command = ['visualize.py', model, checkpoint, 'cat.png', 'a/x.png', 'b/x.png', '--out-dir', '.',
                '--size', '28', '--grid']
-    pages = re.findall(r'^\S+\.png$', typed(*command) + typed(*command), re.M)
+    said = run_script(*command, cwd=Path.cwd())[1] + typed(*command)
+    pages = re.findall(r'^\S+\.png$', said, re.M)
     assert untouched(before) and len(set(pages)) == len(pages) == 8
 
 

@@ -29,14 +29,24 @@ SLOW = ('train_dataloader.num_workers=2', 'train_dataloader.batch_size=2',
         'custom_hooks.0.seconds=0.2')
 
 
+@pytest.fixture(scope='module')
+def origin(tmp_path_factory):
+    """Twelve images, a config of five epochs with the hooks of our configs, and its run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp('origin'))
+        for i in range(12):
+            save_image(Path(f'data/imagenet/train/n{i % 2:08d}/{i}.JPEG'))
+        save_run(change=lambda cfg: cfg.default_hooks.update(
+            Config.fromfile(REPO / 'configs/_base_/runtime.py').default_hooks))
+        train('straight', *FAST)
+        return Path.cwd()
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Twelve images, and a config of five epochs with the hooks of our configs."""
+def folder(origin, tmp_path, monkeypatch):
+    """A copy of it, in which the test runs."""
     monkeypatch.chdir(tmp_path)
-    for i in range(12):
-        save_image(Path(f'data/imagenet/train/n{i % 2:08d}/{i}.JPEG'))
-    save_run(change=lambda cfg: cfg.default_hooks.update(
-        Config.fromfile(REPO / 'configs/_base_/runtime.py').default_hooks))
+    shutil.copytree(origin, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -74,7 +84,6 @@ def same_weights(one, other):
 
 
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(folder):
-    train('straight', *FAST)
     program = begin('killed', *SLOW)
     os.killpg(program.pid, signal.SIGKILL)
     program.wait()
@@ -89,7 +98,6 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(folder):
 
 def test_sigterm_saves_and_ends_with_143(folder):
     """Sent to ``timeout``, which sends it on to the run and to the workers of its loader."""
-    train('straight', *FAST)
     program = begin('work', *SLOW, before=['timeout', '--preserve-status', '600'])
     os.kill(program.pid, signal.SIGTERM)
     output = program.communicate(timeout=60)[0]
@@ -117,9 +125,8 @@ def test_it_goes_on_with_another_number_of_processes(folder):
 
 
 def test_the_config_says_what_goes_on(folder):
-    train('work', *FAST)
     save_image(Path('data/imagenet/train/n00000000/more.JPEG'))
-    output = train('work', *FAST, 'train_cfg.max_epochs=6', 'param_scheduler.end=6',
+    output = train('straight', *FAST, 'train_cfg.max_epochs=6', 'param_scheduler.end=6',
                    'optim_wrapper.optimizer.lr=0.02', 'randomness.seed=2')
     assert 'The training data has 13 samples and had 12' in output
     assert 'of the checkpoint is used, not the 2 of this run' in output
@@ -181,23 +188,23 @@ def test_a_step_that_is_not_finite_is_left_out(folder):
 
 def test_an_unreadable_image_is_replaced(folder):
     Path('data/imagenet/train/n00000000/4.JPEG').write_bytes(b'\xff\xd8\xff\xe0')
-    share = 'default_hooks.unreadable.max_share=0.1'
+    short = ('train_cfg.max_epochs=2', 'param_scheduler.end=2',
+             'default_hooks.unreadable.max_share=0.1')
     for work_dir, workers in (('a', 0), ('b', 2)):
-        output = train(work_dir, FAST[1], f'train_dataloader.num_workers={workers}', share)
+        output = train(work_dir, FAST[1], f'train_dataloader.num_workers={workers}', *short)
         assert '4.JPEG' in output and '1 of 12 samples were replaced' in output
     assert same_weights('a', 'b')
     assert 'max_share' in sentence(train('c', *FAST, status=2))
 
 
 def test_another_state_is_refused(folder):
-    train('work', *FAST)
-    state = read_checkpoint('work/epoch_5.pth')
+    state = read_checkpoint('straight/epoch_5.pth')
     state['optimizer']['state'][0]['exp_avg'] = torch.zeros(2)
     torch.save(state, 'odd.pth')
     assert 'exp_avg of' in sentence(train(
         'other', *FAST, flags=('--resume', 'odd.pth'), status=2))
     assert 'model.backbone.patch_size' in sentence(train(
-        'work', *FAST, 'model.backbone.patch_size=7', status=2))
+        'straight', *FAST, 'model.backbone.patch_size=7', status=2))
     assert not Path('other').exists()
 
 

@@ -1,4 +1,4 @@
-"""Every recipe that fine-tunes or segments, for 320 steps of its real pipeline at tiny size."""
+"""Every recipe that fine-tunes or segments, on its real pipeline at tiny size."""
 import numpy as np
 import pytest
 import torch
@@ -9,7 +9,8 @@ from . import test_classification
 from .conftest import REPO, TINY
 from .tiny_runs import run_test, run_train
 
-CLASSIFICATION = sorted((REPO / 'configs' / 'classification').rglob('*.py'))
+CLASSIFICATION = sorted((REPO / 'configs' / 'classification').glob('*.py'))
+ABLATIONS = sorted((REPO / 'configs' / 'classification' / 'ablations').glob('*.py'))
 SEGMENTATION = sorted((REPO / 'configs' / 'segmentation').glob('*0k_ade20k-512x512.py'))
 SIZE = 28       # pixels, of the crops
 EPOCHS, STEPS = 10, 320
@@ -29,7 +30,7 @@ def images(tmp_path_factory):
     return root
 
 
-def shrink_classifier(path, images):
+def shrink_classifier(path, images, epochs=EPOCHS):
     """The recipe with other sizes, lengths and first weights, and an average that keeps up."""
     cfg = test_classification.shrink(Config.fromfile(path), images, 'work')
     crop = cfg.train_dataloader.dataset.pipeline[1].scale
@@ -39,8 +40,8 @@ def shrink_classifier(path, images):
             for key in {'scale', 'crop_size'} & set(step):
                 old = step[key]
                 step[key] = old * size // crop if isinstance(old, int) else (size, size)
-    cfg.train_cfg.update(max_epochs=EPOCHS, val_interval=EPOCHS)
-    cfg.param_scheduler.end = cfg.default_hooks.checkpoint.interval = EPOCHS
+    cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
+    cfg.param_scheduler.end = cfg.default_hooks.checkpoint.interval = epochs
     if 'warmup' in cfg.param_scheduler:
         cfg.param_scheduler.warmup = 1
     for hook in cfg.custom_hooks:
@@ -49,18 +50,18 @@ def shrink_classifier(path, images):
     return cfg
 
 
-def train(cfg, name):
-    """Run tools/train.py on a config; returns the Runner and the losses of its 320 steps."""
+def train(cfg, name, steps=STEPS):
+    """Run tools/train.py on a config; returns the Runner and the losses of its steps."""
     cfg.log_level = 'WARNING'
     cfg.dump(f'{name}.py')
     runner = run_train([f'{name}.py', '--work-dir', 'work'])
     losses, rates = (
         runner.message_hub.get_scalar(f'train/{key}').data[0] for key in ('loss', 'lr'))
-    assert runner.iter == len(losses) == len(rates) == STEPS
+    assert runner.iter == len(losses) == len(rates) == steps
     assert np.isfinite(losses).all()
     # the schedule goes up, and to its end
     assert rates[0] < 0.1 * rates.max() and rates[-1] < 1e-3 * rates.max()
-    assert 3 < rates.argmax() < STEPS // 2
+    assert 3 < rates.argmax() < steps // 2
     for group in runner.optim_wrapper.param_groups:
         assert group['lr'] < 1e-3 * group['initial_lr']
     return runner, losses
@@ -93,6 +94,16 @@ def test_classification_recipe(path, images, tmp_path, monkeypatch):
                 assert torch.equal(checkpoint['state_dict'][key], value)
     metrics = run_test([f'{path.stem}.py', f'work/epoch_{EPOCHS}.pth', '--work-dir', 'tested'])
     assert metrics['accuracy/top1'] == 100
+
+
+@pytest.mark.parametrize('path', ABLATIONS, ids=lambda path: path.stem)
+def test_ablation(path, images, tmp_path, monkeypatch):
+    """They differ from a recipe above in a few keys: three epochs show that these work."""
+    monkeypatch.chdir(tmp_path)
+    runner, _ = train(shrink_classifier(path, images, epochs=3), path.stem, steps=96)
+    top1 = runner.message_hub.get_scalar('val/accuracy/top1').current()
+    metrics = run_test([f'{path.stem}.py', 'work/epoch_3.pth', '--work-dir', 'tested'])
+    assert metrics['accuracy/top1'] == top1
 
 
 @pytest.fixture(scope='module')

@@ -16,7 +16,6 @@ from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 from .tiny_runs import (
     options,
     refused,
-    run_script,
     run_train,
     save_classifier,
     save_pretraining,
@@ -190,17 +189,26 @@ def test_settings_are_checked():
         hook(out_dir='s3://bucket')
 
 
+@pytest.fixture(scope='module')
+def best_run(tmp_path_factory):
+    """A run in folder a, with its best checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp('best'))
+        cfg = Config.fromfile(save_classifier()[0])
+        cfg.default_hooks.checkpoint = dict(type='AtomicCheckpointHook', interval=1,
+                                            max_keep_ckpts=2, save_best='accuracy/top1')
+        cfg.resume = True
+        cfg.dump('run.py')
+        run_train(['run.py', '--work-dir', 'a'])
+        return Path.cwd()
+
+
 @pytest.mark.parametrize('best', ['a/best_accuracy_top1_epoch_1.pth', 'precious', 'a/precious.pth',
                                   '../b/epoch_1.pth', None, 3])
-def test_a_run_removes_its_own_files_only(tmp_path, monkeypatch, best):
+def test_a_run_removes_its_own_files_only(best_run, tmp_path, monkeypatch, best):
     """Whatever a checkpoint of another folder, or of a stranger, says about files."""
     monkeypatch.chdir(tmp_path)
-    cfg = Config.fromfile(save_classifier()[0])
-    cfg.default_hooks.checkpoint = dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=2,
-                                        save_best='accuracy/top1')
-    cfg.resume = True
-    cfg.dump('run.py')
-    assert run_script('train.py', 'run.py', '--work-dir', 'a', cwd=tmp_path)[0] == 0
+    shutil.copytree(best_run, tmp_path, dirs_exist_ok=True)
     shutil.copytree('a', 'b')
     Path('precious').mkdir()
     for path in ('precious/one.pth', 'a/precious.pth'):
@@ -212,9 +220,7 @@ def test_a_run_removes_its_own_files_only(tmp_path, monkeypatch, best):
         keep_ckpt_ids=[1, '../../a/epoch_1', '/'])
     torch.save(state, 'b/epoch_1.pth')
     before = {path: path.read_bytes() for path in Path().glob('[ap]*/**/*') if path.is_file()}
-    code, output = run_script('train.py', 'run.py', '--work-dir', 'b', *options(
-        'train_cfg.max_epochs=3'), cwd=tmp_path)
-    assert code == 0, output
+    run_train(['run.py', '--work-dir', 'b', *options('train_cfg.max_epochs=3')])
     assert before == {path: path.read_bytes() for path in Path().glob('[ap]*/**/*')
                       if path.is_file()}
     left = {path.name for path in Path('b').glob('*.pth')}

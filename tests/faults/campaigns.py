@@ -27,7 +27,7 @@ PILLOW = [dict(type='LoadImageWithPillow'),
 FAST = [dict(type='LoadRandomResizedCrop', **CROP)]
 # title, campaign, number in full, number under pytest
 CAMPAIGNS = [
-    ('SIGKILL while training and saving; resumed runs bit for bit', kills, 100, 50),
+    ('SIGKILL while training and saving; resumed runs bit for bit', kills, 100, 20),
     ('SIGTERM to process, group or all; resumed runs bit for bit', signals, len(SIGNAL_CASES), 3),
     ('another number of processes, batch or accumulation', layouts, 16, 4),
     ('full disks, odd files, two runs, leftovers', disks, len(DISK_CASES), 4),

@@ -13,6 +13,7 @@ def layouts(rng, num):
 
     Learning rates, files and pixels of every update are those of an uninterrupted run.
     """
+    changes = min(CHANGES_PER_RUN, num // 4)
     for i in range(NUM):
         save_image(Path(f'data/imagenet/train/n{i % 2:08d}/{i}.JPEG'))
     for change, names in ((None, list(LAYOUTS)), (by_iterations, list(LAYOUTS)[:2])):
@@ -23,8 +24,8 @@ def layouts(rng, num):
         while done < num // 2:
             folder, run, seen = f'run{run}', run + 1, 0
             shutil.rmtree(folder, ignore_errors=True)
-            for part in range(CHANGES_PER_RUN + 1):
-                last = part == CHANGES_PER_RUN
+            for part in range(changes + 1):
+                last = part == changes
                 stop = seen + int(rng.integers(1, max(2, (NUM // 2 * EPOCHS - seen) // 3)))
                 train(config, folder, str(rng.choice(names)), stop_at=None if last else stop,
                       status=0 if last else 143)
