@@ -79,7 +79,7 @@ def test_refusals(classifier, capsys, monkeypatch):
         return capsys.readouterr().err
 
     flags = ['--format', 'torch-export', '--size', '28', '28']
-    assert 'no whole number of patches' in refuse('--format', 'torch-export', '--size', '28', '30')
+    assert 'not a multiple of the patch' in refuse('--format', 'torch-export', '--size', '28', '30')
     wrong = lambda model, image, file, meta: lambda x: model(x) + 1e-2    # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(tool, 'export_torch', wrong)
