@@ -86,7 +86,7 @@ def test_refusals(classifier, capsys, monkeypatch):
         assert 'differs from PyTorch by' in refuse(*flags)
     with monkeypatch.context() as patch:
         patch.setattr(tool.importlib.util, 'find_spec', lambda name: None)
-        assert 'type: pip install onnx onnxscript onnxruntime' in refuse('--size', '28', '28')
+        assert 'run: pip install onnx onnxscript onnxruntime' in refuse('--size', '28', '28')
     torch.save(dict(state_dict={'head.fc.weight': torch.zeros(5, 32)}), checkpoint)
     assert 'it lacks backbone.cls_token' in refuse(*flags)
     with pytest.raises(ValueError, match='another network'):

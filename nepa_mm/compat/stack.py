@@ -87,7 +87,7 @@ def require(*modules: str) -> None:
             wanted = (CURRENT if name_of(CURRENT[module]) in found else CLASSIC)[module]
             raise ImportError(
                 f'{" and ".join(found)} are both installed and overwrite each other\'s {module}; '
-                f'type: pip uninstall -y {" ".join(found)} && {pip_install([wanted])}')
+                f'run: pip uninstall -y {" ".join(found)} && {pip_install([wanted])}')
     wrong = {
         f'{name} {version}': table[module] for module in modules
         for name, version in versions(module).items()
@@ -116,7 +116,7 @@ def check_binaries() -> None:
         try:
             import_module(module)
         except Exception as error:  # torchvision built for another torch raises RuntimeError
-            raise ImportError(f'{module} does not load ({error}); type: {command}') from None
+            raise ImportError(f'{module} does not load ({error}); run: {command}') from None
 
 
 def register() -> None:
