@@ -78,7 +78,7 @@ def require(*modules: str) -> None:
     if missing:
         raise ImportError(
             f'nepa_mm needs {", ".join(map(name_of, missing))}, not installed here; '
-            f'type: {pip_install(missing)}')
+            f'run: {pip_install(missing)}')
 
     from packaging.requirements import Requirement
     for module in modules:
@@ -95,7 +95,7 @@ def require(*modules: str) -> None:
     if wrong:
         raise ImportError(
             f'nepa_mm needs {" ".join(wrong.values())}, but {", ".join(wrong)} is installed; '
-            f'type: {pip_install(wrong.values())}')
+            f'run: {pip_install(wrong.values())}')
 
 
 def pip_install(requirements: Iterable[str]) -> str:
