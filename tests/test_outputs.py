@@ -177,7 +177,7 @@ def test_plot_log():
 @pytest.mark.parametrize('command', [
     ['resize_imagenet.py', 'images', 'mine', '--short-side', '8', '--workers', '1'],
     ['make_digit_scenes.py', '--out', 'mine', '--train', '1', '--val', '1'],
-    ['demo.py', '--work-dir', 'mine'], ['ablations.py', '--work-dir', 'mine'],
+    ['digits.py', '--work-dir', 'mine'], ['ablations.py', '--work-dir', 'mine'],
     ['benchmark.py', 'step', '--json', 'mine']], ids=lambda command: command[0])
 def test_folders_of_others(command):
     save_image(Path('images/n01/a.jpg'))
