@@ -241,7 +241,7 @@ def test_another_seed_or_number_of_samples_is_said(folder):
     Path('work_dirs/run/record_0.jsonl').unlink()
     runner = run(config, *ALONE, seed, flags=['--resume', 'work_dirs/run/epoch_2.pth'])
     assert [row[1] for row in updates('work_dirs/run')] == order[12:]
-    assert any(f'The seed {drawn} of the checkpoint goes on' in line for line in said(runner))
+    assert any(f'The seed {drawn} of the checkpoint is used' in line for line in said(runner))
     save_image(Path('data/imagenet/train/n00000000/more.JPEG'))
     runner = run(config, *ALONE, seed, flags=['--resume', 'work_dirs/run/epoch_2.pth'])
     assert any('has 13 samples and had 12' in line for line in said(runner))
