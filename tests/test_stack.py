@@ -53,6 +53,8 @@ def sentence(*modules):
 
 def test_complete(installed):
     stack.require('torch', 'mmengine', 'mmcv')
+    del installed['torch']
+    assert 'torch, not installed here' in sentence('torch', 'mmengine', 'mmcv')
 
 
 def test_missing(installed):
@@ -93,6 +95,7 @@ def test_two_builds_of_one_stack(installed):
 
 def test_without_metadata(installed, monkeypatch):
     """A clone on PYTHONPATH has no version to check."""
+    assert 'not installed here' in sentence('mmpretrain')
     monkeypatch.setattr(stack.util, 'find_spec', lambda module: module)
     stack.require('mmpretrain')
 
