@@ -62,7 +62,7 @@ def train(cfg, name, steps=STEPS):
     # the schedule goes up, and to its end, where a cosine is a parabola
     end = 1e-3 * (STEPS / steps) ** 2
     assert rates[0] < 0.1 * rates.max() and rates[-1] < end * rates.max()
-    assert 3 < rates.argmax() < steps // 2
+    assert 3 < rates.argmax() < 0.6 * steps
     for group in runner.optim_wrapper.param_groups:
         assert group['lr'] < end * group['initial_lr']
     return runner, losses
