@@ -63,8 +63,8 @@ def train(cfg, name, steps=STEPS):
     end = 1e-3 * (STEPS / steps) ** 2
     assert rates[0] < 0.1 * rates.max() and rates[-1] < end * rates.max()
     assert 3 < rates.argmax() < 0.6 * steps
-    for group in runner.optim_wrapper.param_groups:
-        assert group['lr'] < end * group['initial_lr']
+    groups = runner.optim_wrapper.param_groups
+    assert max(group['lr'] for group in groups) < end * max(group['initial_lr'] for group in groups)
     return runner, losses
 
 
