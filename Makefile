@@ -8,7 +8,7 @@
 #                   VENV .venv-oldest
 # make test-pythons run fewer tests on each of PYTHONS, in .venv-python3.10 and so on
 # make lint         check the style
-# JOBS is the number of test files that run in parallel.
+# JOBS is the number of tests that run in parallel.
 # Every target first creates VENV with PYTHON if it is missing, and installs requirements once.
 VENV ?= .venv
 PYTHON ?= python3
@@ -29,7 +29,7 @@ ablations: $(INSTALLED)
 	$(PY) demo/ablations.py
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 test-classic:
 	$(MAKE) test VENV=.venv-classic EXTRAS=openmmlab,test TESTS='$(CLASSIC:%=tests/test_%.py)'

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.runner import Runner
 from mmpretrain.datasets import ImageNet
 from mmpretrain.models import ImageClassifier
 
@@ -53,6 +54,8 @@ def sentence(*modules):
 
 def test_complete(installed):
     stack.require('torch', 'mmengine', 'mmcv')
+    del installed['torch']
+    assert 'torch, not installed here' in sentence('torch', 'mmengine', 'mmcv')
 
 
 def test_missing(installed):
@@ -93,6 +96,7 @@ def test_two_builds_of_one_stack(installed):
 
 def test_without_metadata(installed, monkeypatch):
     """A clone on PYTHONPATH has no version to check."""
+    assert 'not installed here' in sentence('mmpretrain')
     monkeypatch.setattr(stack.util, 'find_spec', lambda module: module)
     stack.require('mmpretrain')
 
@@ -146,6 +150,17 @@ def test_scope_is_transparent(scope, module):
         assert models.get('mmpretrain.ImageClassifier') is ImageClassifier
         assert models.get('NoSuchModel') is None
         assert datasets.scope == 'nepa_mm'
+
+
+@pytest.mark.parametrize('name', ['default_collate', 'pseudo_collate'])
+def test_collate_functions_of_inherited_configs(name):
+    """mmengine passes them the scope of the config."""
+    batch, = Runner.build_dataloader(dict(
+        batch_size=2, num_workers=0, dataset=[dict(x=torch.ones(3)), dict(x=torch.zeros(3))],
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=dict(type=name, _scope_='nepa_mm')))
+    assert (type(batch['x']) is list) == (name == 'pseudo_collate')
+    assert [x.tolist() for x in batch['x']] == [[1] * 3, [0] * 3]
 
 
 @pytest.mark.skipif(stack.is_classic(), reason='the classic stack keeps its own names')

@@ -195,6 +195,8 @@ def test_too_many_are_an_error(config):
                  'and max_share of .* allows 0.1 of them'):
         run_train([config, *options('default_hooks.unreadable.max_share=0.1')])
     assert '03.JPEG cannot be read' in log_of(SeenHook.last)
+    with refused('^1 of 16 samples of an epoch cannot be read'):     # at once, not after the epoch
+        run_train([config, '--no-resume', *options('default_hooks.unreadable.max_share=0')])
     for path in Path('data/imagenet/train/n0').iterdir():
         save_text(path)
     with refused('^100 samples in a row cannot be read'):

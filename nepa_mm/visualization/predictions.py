@@ -44,7 +44,8 @@ class _DrawingHook:
     def before_test(self, runner: Runner) -> None:
         """Choose the output files."""
         dataset = runner.test_dataloader.dataset
-        self._visualizer = draws_everywhere(self._visualizer)
+        # the run's own, which need not be mmengine's "current" one
+        self._visualizer = draws_everywhere(runner.visualizer)
         self._visualizer.dataset_meta = getattr(dataset, 'metainfo', {})
         self.pages = dataset_pages(dataset, self.out_dir)
 
