@@ -185,7 +185,7 @@ def test_absolute_positions():
     assert torch.equal(z, model.backbone.patch_embed(image)[0])
     model.loss(image)['loss'].backward()
     assert places.grad[0, 0, 0].any() and not places.grad[0, 1, 1].any()    # the last is no input
-    with pytest.raises(ValueError, match='places for 2x2 patches, but the image has 3x2; set img'):
+    with pytest.raises(ValueError, match='positions for 2x2 patches, but the image has 3x2; set'):
         model.backbone(torch.randn(1, 3, 42, 28))
 
 

@@ -62,7 +62,7 @@ def test_patch_embedding_is_the_convolution():
 
 def test_remainder():
     image = torch.randn(1, 3, 45, 30)
-    with pytest.raises(ValueError, match='45x30 pixels is no whole number of patches of 14x14'):
+    with pytest.raises(ValueError, match='45x30 pixels is not a multiple of the patch of 14x14'):
         vit().embed(image)
     z, grid = vit(remainder='drop').embed(image)
     assert grid == (3, 2) and torch.equal(z, vit().embed(image[:, :, :42, :28])[0])

@@ -200,7 +200,7 @@ def test_hub(hub, published, monkeypatch):
 
     with pytest.raises(ValueError, match='has no model.safetensors and no pytorch_model.bin'):
         locate('hf://owner/other')
-    with pytest.raises(ValueError, match='no address of the form hf://owner/name'):
+    with pytest.raises(ValueError, match='not an address of the form hf://owner/name'):
         locate('hf://nepa')
     original = huggingface_hub.hf_hub_download
 

@@ -22,7 +22,7 @@ def test_verdict():
     rows = {'fine-tuning': dict(random=[70., 72.], pretrained=[71., 70.])}
     rows[demo.SEGMENTATION] = dict(random=[50.], pretrained=[45.])
     useless, = demo.check(results(rows=rows))
-    assert 'did not help: fine-tuning gives 70.5 % with it and 71.0 % without' in useless
+    assert 'did not help: fine-tuning yields 70.5 % with it and 71.0 % without' in useless
 
 
 def test_short_demo(tmp_path, monkeypatch, capsys):

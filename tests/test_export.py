@@ -79,14 +79,14 @@ def test_refusals(classifier, capsys, monkeypatch):
         return capsys.readouterr().err
 
     flags = ['--format', 'torch-export', '--size', '28', '28']
-    assert 'no whole number of patches' in refuse('--format', 'torch-export', '--size', '28', '30')
+    assert 'not a multiple of the patch' in refuse('--format', 'torch-export', '--size', '28', '30')
     wrong = lambda model, image, file, meta: lambda x: model(x) + 1e-2    # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(tool, 'export_torch', wrong)
         assert 'differs from PyTorch by' in refuse(*flags)
     with monkeypatch.context() as patch:
         patch.setattr(tool.importlib.util, 'find_spec', lambda name: None)
-        assert 'type: pip install onnx onnxscript onnxruntime' in refuse('--size', '28', '28')
+        assert 'run: pip install onnx onnxscript onnxruntime' in refuse('--size', '28', '28')
     torch.save(dict(state_dict={'head.fc.weight': torch.zeros(5, 32)}), checkpoint)
     assert 'it lacks backbone.cls_token' in refuse(*flags)
     with pytest.raises(ValueError, match='another network'):

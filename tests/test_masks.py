@@ -98,7 +98,7 @@ FAULTS = dict(      # how the data are spoilt, what is said, options
               r'labels/0\.tif holds the values 0 and 0\.5, but', *TIFF),
     negative=(lambda: save_both(-LABEL.astype(np.int32), 'tif'),
               r'labels/0\.tif holds the values -1 and 0, but', *TIFF),
-    ignored=(lambda: save_both(LABEL * 0 + 255), r'every pixel.*2 masks.*ignored.*255'),
+    ignored=(lambda: save_both(LABEL * 0 + 255), r'every pixel.*2 checked masks.*ignored.*255'),
     reduced=(lambda: None, r'values 0 and 1, but the classes are 1\.\.2, 0 and 255 are ignored',
              'train_dataloader.dataset.reduce_zero_label=True',
              'test_dataloader.dataset.reduce_zero_label=True'),
@@ -201,7 +201,7 @@ def test_class_without_a_pixel_is_said_by_name():
     assert 'ground truth' not in log()
     save_both(LABEL * 0)
     train()
-    assert re.search(r"'corner'.*none of the 2 masks", log())
+    assert re.search(r"'corner'.*none of the 2 checked masks", log())
     evaluate()
     assert re.search(r"ground truth has no pixel of 'corner'.*IoU is nan.*mIoU", log())
 

@@ -44,7 +44,7 @@ def test_lines_that_a_kill_cut_are_left_out(resumed):
     file, *_ = sorted(resumed.glob('*/vis_data/scalars.json'))
     file.write_bytes(file.read_bytes()[:-9] + b'\xff\x00')
     code, output = run_script('plot_log.py', resumed, '--out', resumed / 'page.png', cwd=resumed)
-    assert code == 0 and 'Left out 1 of 4 lines' in output and (resumed / 'page.png').is_file()
+    assert code == 0 and 'Skipped 1 of 4 lines' in output and (resumed / 'page.png').is_file()
 
 
 def draw(runs, out, monkeypatch):

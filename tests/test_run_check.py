@@ -243,10 +243,10 @@ def test_every_suffix_is_read(folder):
     Path('data/train/notes.txt').write_text('none')
     runner = run_train([save_config()])
     assert len(runner.train_dataloader.dataset) == 12
-    assert not any('left out' in line for line in warnings(runner))
+    assert not any('are skipped' in line for line in warnings(runner))
     save_image(Path('data/train/lost.png'))     # in no class
     runner = run_train(['run.py', '--no-resume'])
-    assert any(re.search('train_dataloader.*1 .*left out.*lost.png', line)
+    assert any(re.search('train_dataloader.*1 .*are skipped.*lost.png', line)
                for line in warnings(runner))
 
 
@@ -361,7 +361,7 @@ def test_what_only_mmengine_would_find_later(trainable):
             ({'val_evaluator': None}, 'no val_evaluator; a run that validates needs'),
             ({'train_dataloader.dataset.data_root': 5}, 'not int'),
             # in the first step
-            ({'model.backbone.patch_size': 13}, 'no whole number of patches of 13x13'),
+            ({'model.backbone.patch_size': 13}, 'not a multiple of the patch of 13x13'),
             ({'train_dataloader.dataset.pipeline': []}, 'inputs')):
         refused(sentence, run_train, trainable(**change))
 

@@ -110,7 +110,7 @@ def test_binaries(tmp_path, module, reason, command):
     code = f'import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(REPO)!r}]; import nepa_mm'
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     last = run.stderr.strip().splitlines()[-1]
-    assert re.fullmatch(rf'ImportError: {module} .*{reason}.*; type: pip .*{command}', last)
+    assert re.fullmatch(rf'ImportError: {module} .*{reason}.*; run: pip .*{command}', last)
 
 
 @pytest.mark.parametrize('base', [
@@ -173,7 +173,7 @@ def test_missing_operators():
     """Classic stack: mmseg's modules can be imported without the operators, not call them."""
     operators = MissingOperators('mmcv._ext')
     assert operators.__spec__.loader is None
-    with pytest.raises(ImportError, match='^nms_forward is a compiled operator.*; type: pip '):
+    with pytest.raises(ImportError, match='^nms_forward is a compiled operator.*; run: pip '):
         operators.nms_forward()
 
 

@@ -99,7 +99,7 @@ def test_freed_memory_is_kept():
     """A large tensor takes the pages of the one before, where it otherwise takes new ones."""
     code = (
         'import resource, torch\n'
-        'from nepa_mm import runtime\n'
+        'from nepa_mm import apis\n'
         'assert apis.reuse_freed_memory() if {keep} else True\n'
         'for _ in range(3): torch.ones(2 ** 26)\n'     # 256 MB each
         'before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'

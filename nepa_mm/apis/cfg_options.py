@@ -135,7 +135,7 @@ def _check(before, after, names, reads):
     old = get_path(before, names) if exists(before, names) else None
     if isinstance(value, str) and isinstance(old, (bool, int, float)):
         what = 'True or False' if isinstance(old, bool) else 'a number'
-        raise ValueError(f'{".".join(names)} must be {what} like {old} in the file, got {value!r}.')
+        raise ValueError(f'{".".join(names)} must be {what} (the file has {old}), got {value!r}.')
     for path in paths(value, names):
         if len(path) == len(names) + 1:
             _check(before, after, path, reads)

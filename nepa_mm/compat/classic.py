@@ -37,7 +37,7 @@ class MissingOperators(ModuleType):
         def operator(*args, **kwargs):
             raise ImportError(
                 f'{name} is a compiled operator, which mmcv-lite does not have; '
-                'type: pip uninstall -y mmcv-lite && pip install "mmcv>=2.1,<2.2"')
+                'run: pip uninstall -y mmcv-lite && pip install "mmcv>=2.1,<2.2"')
         return operator
 
 

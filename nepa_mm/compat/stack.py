@@ -78,7 +78,7 @@ def require(*modules: str) -> None:
     if missing:
         raise ImportError(
             f'nepa_mm needs {", ".join(map(name_of, missing))}, not installed here; '
-            f'type: {pip_install(missing)}')
+            f'run: {pip_install(missing)}')
 
     from packaging.requirements import Requirement
     for module in modules:
@@ -87,7 +87,7 @@ def require(*modules: str) -> None:
             wanted = (CURRENT if name_of(CURRENT[module]) in found else CLASSIC)[module]
             raise ImportError(
                 f'{" and ".join(found)} are both installed and overwrite each other\'s {module}; '
-                f'type: pip uninstall -y {" ".join(found)} && {pip_install([wanted])}')
+                f'run: pip uninstall -y {" ".join(found)} && {pip_install([wanted])}')
     wrong = {
         f'{name} {version}': table[module] for module in modules
         for name, version in versions(module).items()
@@ -95,7 +95,7 @@ def require(*modules: str) -> None:
     if wrong:
         raise ImportError(
             f'nepa_mm needs {" ".join(wrong.values())}, but {", ".join(wrong)} is installed; '
-            f'type: {pip_install(wrong.values())}')
+            f'run: {pip_install(wrong.values())}')
 
 
 def pip_install(requirements: Iterable[str]) -> str:
@@ -116,7 +116,7 @@ def check_binaries() -> None:
         try:
             import_module(module)
         except Exception as error:  # torchvision built for another torch raises RuntimeError
-            raise ImportError(f'{module} does not load ({error}); type: {command}') from None
+            raise ImportError(f'{module} does not load ({error}); run: {command}') from None
 
 
 def register() -> None:

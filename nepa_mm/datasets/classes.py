@@ -216,7 +216,7 @@ def skipped_images(dataset: Dataset, whose: str) -> list[str]:
         seen = {os.path.normpath(base.get_data_info(i)['img_path']) for i in range(len(base))}
         skipped = [path for path in _find_images(folder) if path not in seen]
         if skipped:
-            sentences.append(f'{whose}: {len(skipped)} images below {folder} are left out, e.g. '
+            sentences.append(f'{whose}: {len(skipped)} images below {folder} are skipped, e.g. '
                              f'{skipped[0]}.')
     return sentences
 

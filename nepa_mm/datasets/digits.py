@@ -43,7 +43,7 @@ class Digits(BaseDataset):
             from sklearn.datasets import load_digits
         except ImportError:
             raise ImportError('The Digits dataset is part of scikit-learn; '
-                              'type: pip install scikit-learn') from None
+                              'run: pip install scikit-learn') from None
         images, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(labels))
         order = order[:NUM_TRAIN] if self.split == 'train' else order[NUM_TRAIN:]

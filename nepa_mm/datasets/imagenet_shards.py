@@ -35,7 +35,7 @@ def import_parquet() -> ModuleType:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ImportError('Parquet files are read by pyarrow; type: pip install pyarrow') from None
+        raise ImportError('Parquet files are read by pyarrow; run: pip install pyarrow') from None
     return parquet
 
 

@@ -65,7 +65,7 @@ class LayerDecayCosineLR(LRSchedulerMixin, _ParamScheduler):
         if final_decay_rate is not None and not 0 < final_decay_rate <= 1:
             raise ValueError(f'final_decay_rate must be in (0, 1], got {final_decay_rate}.')
         if per_layer_warmup and final_decay_rate is not None:
-            raise ValueError('per_layer_warmup needs a constant layer decay: leave out '
+            raise ValueError('per_layer_warmup needs a constant layer decay: remove '
                              'final_decay_rate or per_layer_warmup.')
         if ((per_layer_warmup or final_decay_rate is not None)
                 and not any('depth_from_top' in group for group in optimizer.param_groups)):

@@ -80,7 +80,7 @@ class PatchEmbed(nn.Module):
             raise DataError(f'The image of {height}x{width} pixels is smaller than one patch of '
                             f"{ph}x{pw}; give a larger one, or set remainder='pad'.")
         elif self.remainder == 'error' and (height % ph or width % pw):
-            raise DataError(f'The image of {height}x{width} pixels is no whole number of patches '
+            raise DataError(f'The image of {height}x{width} pixels is not a multiple of the patch '
                             f"of {ph}x{pw}; resize it, or set remainder='pad' or 'drop'.")
         gh, gw = img.shape[2] // ph, img.shape[3] // pw
         # Patches do not overlap, so the convolution is one matrix product.

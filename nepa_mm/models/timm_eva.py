@@ -104,7 +104,7 @@ def to_timm(model: dict, state_dict: dict[str, Tensor]) -> Eva:
     unknown = [name for name in args if name not in signature(Eva).parameters]
     if unknown:
         raise ValueError(f'timm {timm.__version__} has an Eva without {", ".join(unknown)}; '
-                         'type: pip install "timm>=1.0.31"')
+                         'run: pip install "timm>=1.0.31"')
     eva = Eva(**args).eval()
     tensors = {rename(key, NAMES): value for key, value in state_dict.items()}
     # timm's QK-norm always has parameters; one and zero equal ours without

@@ -218,7 +218,7 @@ def differences_of_runs(old: dict, new: dict, runner: Runner, iteration: int) ->
         yield (f'The seed {old["seed"]} of the checkpoint is used, not the '
                f'{new["seed"]} of this run.')
     if old['num_samples'] != new['num_samples']:
-        within = ', and within this epoch some are left out or seen twice' * bool(new['position'])
+        within = ', and within this epoch some are skipped or repeated' * bool(new['position'])
         yield (f'The training data has {new["num_samples"]} samples and had {old["num_samples"]}: '
                f'from here on they come in another order{within}.')
     parts = ('num_processes', 'batch_size', 'accumulative_counts')
