@@ -71,7 +71,7 @@ def test_short_run(tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert set(saved['rows']) == {*tool.ROWS, tool.SCRATCH}
     problems = tool.check(saved['rows'])
-    assert problems == saved['problems'] and any('full, seed 0' in line for line in problems)
+    assert problems == saved['problems'] and any('no shift, seed 0' in line for line in problems)
     assert saved['rows']['full'][0]['iterations'] == [21]
     # the rows really differ: without shift, the output is the patch just read from the start
     assert saved['rows']['no shift'][0]['copy_cosine'][-1] > 0.9
