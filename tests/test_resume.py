@@ -156,7 +156,7 @@ def rates(work_dir='work_dirs/run'):
 
 def run(config, *values, flags=()):
     """Run in this process, under a name of its own: mmengine remembers loggers by name."""
-    return run_train([config, *flags, *options(f'experiment_name=run{next(COUNT)}', *values)])
+    return run_train([config, *flags, *options(f'experiment_name=resume{next(COUNT)}', *values)])
 
 
 def stopped(config, stop_at, *values):
