@@ -29,6 +29,14 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope='session', autouse=True)
+def forgotten_workers_end_soon():
+    """torch waits five seconds for each worker of a data loader that an error left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', 0.5)
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
 def texts_are_formatted_once():
     """mmengine formats the text of a config five times a run."""
     format_code, known = yapf_api.FormatCode, {}

@@ -173,7 +173,7 @@ def test_policies_draw_black_images(policy, least, most):
     assert least <= np.mean(black) <= most
 
 
-def test_a_hundred_thousand_draws_of_the_recipe():
+def test_thirty_thousand_draws_of_the_recipe():
     """The pipeline of the released fine-tuning and its batch augmentation, on small images."""
     seed(0)
     cfg = Config.fromfile(CONFIG)
@@ -184,7 +184,7 @@ def test_a_hundred_thousand_draws_of_the_recipe():
     prepare = MODELS.build(cfg.model).data_preprocessor
     image = np.random.default_rng(0).integers(60, 256, (9, 11, 3), dtype=np.uint8)
     black = 0
-    for _ in range(200):
+    for _ in range(60):
         drawn = [steps(dict(img=image, img_shape=(9, 11), gt_label=i)) for i in range(500)]
         black += sum(not item['inputs'].any() for item in drawn)
         batch = prepare(dict(inputs=torch.stack([item['inputs'] for item in drawn]),
@@ -192,8 +192,8 @@ def test_a_hundred_thousand_draws_of_the_recipe():
         assert batch['inputs'].shape == (500, 3, 8, 8) and batch['inputs'].isfinite().all()
         scores = torch.stack([sample.gt_score for sample in batch['data_samples']])
         torch.testing.assert_close(scores.sum(dim=1), torch.ones(500))
-    # the rare case: 2 layers x 1 of 15 operations x 0.5 x P(magnitude >= 10) is 152 in 100,000
-    assert 110 <= black <= 210
+    # the rare case: 2 layers x 1 of 15 operations x 0.5 x P(magnitude >= 10) is 46 in 30,000
+    assert 25 <= black <= 70
 
 
 @pytest.mark.parametrize('policy', [

@@ -174,7 +174,7 @@ def test_each_mask_is_looked_at_as_it_is_read(workers, capsys):
         spoil()
         for tool in (train, evaluate):
             with pytest.raises((SystemExit, DataError)) as error:
-                tool(*values, f'experiment_name=run{next(COUNT)}')   # a logger has one folder
+                tool(*values, f'experiment_name=masks{next(COUNT)}')   # a logger has one folder
             said = capsys.readouterr().err + str(error.value)
             assert re.search(sentence, said), said
 

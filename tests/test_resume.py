@@ -135,7 +135,7 @@ def test_the_same_run_on_other_numbers_of_processes(folder):
     assert '1 processes x 1 samples x 2 accumulated (it had 2 processes x 1 samples x 1' in said[1]
     assert 'The optimizer follows' not in ''.join(said)
     # of a batch of two the network draws once, and adds in another order
-    rows, _ = change(config, 'all', 'two_processes', 'one_process', 'accumulated', 'two_processes')
+    rows, _ = change(config, 'all', 'two_processes', 'one_process', 'accumulated')
     assert [row[:3] for row in rows] == [row[:3] for row in expected]
 
 
@@ -156,7 +156,7 @@ def rates(work_dir='work_dirs/run'):
 
 def run(config, *values, flags=()):
     """Run in this process, under a name of its own: mmengine remembers loggers by name."""
-    return run_train([config, *flags, *options(f'experiment_name=run{next(COUNT)}', *values)])
+    return run_train([config, *flags, *options(f'experiment_name=resume{next(COUNT)}', *values)])
 
 
 def stopped(config, stop_at, *values):
