@@ -31,6 +31,6 @@ setup(
                    'ftfy', 'regex'],        # imported by mmsegmentation, but not required by it
         export=['onnx', 'onnxruntime', 'onnxscript'],
         parquet=['pyarrow'],
-        test=['matplotlib', 'pyarrow', 'pytest', 'pytest-xdist', 'ruff', 'scikit-learn',
+        test=['matplotlib', 'pyarrow', 'pytest', 'pytest-xdist>=3.2', 'ruff', 'scikit-learn',
               'setuptools>=77', 'tensorboard']),
 )
