@@ -28,10 +28,8 @@ from rich.table import Table
 
 with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an optional package
     import nepa_mm  # noqa: F401
-from common import train, train_on_few_labels
-from nepa_mm.apis import tool_parser, user_errors
+from common import parse_args, train, train_on_few_labels
 from nepa_mm.engine.hooks import NEPAMonitorHook
-from nepa_mm.utils.outputs import claim_folder
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 # row: changes to the full method, published ImageNet-1K top-1 (Table 1a), colour
@@ -213,17 +211,8 @@ def tabulate(results):
 
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line); return whether a check failed."""
-    parser = tool_parser(__doc__)
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/ablations'),
-                        help='output folder (default: work_dirs/ablations)')
-    parser.add_argument('--epochs', type=int, default=60,
-                        help='epochs of pretraining (default: 60)')
-    parser.add_argument('--seeds', type=int, default=1,
-                        help='pretrainings per row (default: 1)')
-    args = parser.parse_args(argv)
+    args = parse_args(__doc__, argv, 'ablations', 1, 'pretrainings per row')
     console, begin, out = Console(file=sys.stdout, soft_wrap=True), time.time(), args.work_dir
-    with user_errors():
-        claim_folder(out, '.nepa_mm_ablations')
 
     console.print(f'Pretraining {len(ROWS)} ways on digits; then fine-tuning on {LABELS} '
                   f'labels, {DRAWS} times.')

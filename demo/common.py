@@ -1,8 +1,36 @@
 """Small runs for `make demo` and `make ablations`."""
 import contextlib
 import io
+from pathlib import Path
 
-from nepa_mm.apis import build_runner, load_config
+from nepa_mm.apis import build_runner, load_config, tool_parser, user_errors
+from nepa_mm.utils.outputs import claim_folder
+
+
+def parse_args(description, argv, name, seeds, seeds_help):
+    """Parse a demo's command line, and claim its folder.
+
+    Args:
+        description (str): Docstring of the demo.
+        argv (list[str] | None): The command line; None for the process's own.
+        name (str): The folder below ``work_dirs``.
+        seeds (int): Default of ``--seeds``.
+        seeds_help (str): What ``--seeds`` counts.
+
+    Returns:
+        Namespace: ``work_dir`` (Path), ``epochs`` and ``seeds``.
+    """
+    parser = tool_parser(description)
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs', name),
+                        help=f'output folder (default: work_dirs/{name})')
+    parser.add_argument('--epochs', type=int, default=60,
+                        help='epochs of pretraining (default: 60)')
+    parser.add_argument('--seeds', type=int, default=seeds,
+                        help=f'{seeds_help} (default: {seeds})')
+    args = parser.parse_args(argv)
+    with user_errors():
+        claim_folder(args.work_dir, f'.nepa_mm_{name}')
+    return args
 
 
 def train(config, work_dir, options, hook=None):

@@ -34,12 +34,11 @@ from rich.table import Table
 
 with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an optional package
     import nepa_mm  # noqa: F401
-from common import train, train_on_few_labels
+from common import parse_args, train, train_on_few_labels
 from make_digit_scenes import write_digit_scenes
-from nepa_mm.apis import load_config, tool_parser, user_errors
+from nepa_mm.apis import load_config
 from nepa_mm.checkpoints.loading import load_pretrained
 from nepa_mm.evaluation.frozen_features import knn_accuracy
-from nepa_mm.utils.outputs import claim_folder
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
@@ -276,17 +275,8 @@ def show(console, results, path):
 
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line); return whether a check failed."""
-    parser = tool_parser(__doc__)
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'),
-                        help='output folder (default: work_dirs/demo)')
-    parser.add_argument('--epochs', type=int, default=60,
-                        help='epochs of pretraining (default: 60)')
-    parser.add_argument('--seeds', type=int, default=3,
-                        help='runs per start and number of labels (default: 3)')
-    args = parser.parse_args(argv)
+    args = parse_args(__doc__, argv, 'demo', 3, 'runs per start and number of labels')
     console, begin, out = Console(file=sys.stdout), time.time(), args.work_dir
-    with user_errors():
-        claim_folder(out, '.nepa_mm_demo')
     torch.set_num_threads(1)
 
     console.print('NEPA reads the 16 patches of a digit in order and predicts the next one.')

@@ -135,7 +135,7 @@ def test_the_same_run_on_other_numbers_of_processes(folder):
     assert '1 processes x 1 samples x 2 accumulated (it had 2 processes x 1 samples x 1' in said[1]
     assert 'The optimizer follows' not in ''.join(said)
     # of a batch of two the network draws once, and adds in another order
-    rows, _ = change(config, 'all', 'two_processes', 'one_process', 'accumulated')
+    rows, _ = change(config, 'all', 'two_processes', 'one_process', 'accumulated', 'two_processes')
     assert [row[:3] for row in rows] == [row[:3] for row in expected]
 
 

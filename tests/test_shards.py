@@ -12,7 +12,7 @@ from mmengine.fileio import get
 from mmengine.registry import DATASETS, init_default_scope
 from pyarrow import parquet
 
-from nepa_mm.datasets import imagenet_shards as shards
+from nepa_mm.datasets import tar_index
 from nepa_mm.utils.errors import DataError
 
 from .tiny_runs import run_script, run_train, save_image, save_pretraining
@@ -117,11 +117,11 @@ def test_names_of_a_tar(images):
 def test_the_index_of_tars_is_kept(images, monkeypatch):
     save_tars(images)
     paths = [build('tars').get_data_info(index)['img_path'] for index in range(7)]
-    stored = Path('tars', shards.INDEX)
+    stored = Path('tars', tar_index.INDEX)
     assert set(json.loads(stored.read_text())) == {'in-train-00.tar', 'more/in-train-01.tar'}
 
     with monkeypatch.context() as patch:        # not read again
-        patch.setattr(shards, 'index_tar', None)
+        patch.setattr(tar_index, 'index_tar', None)
         assert [build('tars').get_data_info(index)['img_path'] for index in range(7)] == paths
     stored.write_text('{"in-tr')                # a damaged index is made again
     assert len(build('tars')) == 7
@@ -219,11 +219,11 @@ def test_hostile_index(images, place):
     """With the right checksum; what it says is not in the file."""
     save_tars(images)
     build('tars')
-    stored = Path('tars', shards.INDEX)
+    stored = Path('tars', tar_index.INDEX)
     index = json.loads(stored.read_text())
     for entry in index.values():
         entry['images'] = [['a.jpg', *place, 1]]
-        entry['digest'] = shards._digest(entry['images'])
+        entry['digest'] = tar_index._digest(entry['images'])
     stored.write_text(json.dumps(index))
     assert len(build('tars')) == 7
 

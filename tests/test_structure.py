@@ -78,7 +78,7 @@ def test_networks_need_no_decoder_and_no_hub():
 def test_files_are_short():
     for file in sources():
         lines = len(file.read_text().splitlines())
-        assert lines <= 315 or str(file.relative_to(PACKAGE)) in LONG, f'{file} has {lines} lines'
+        assert lines <= 300 or str(file.relative_to(PACKAGE)) in LONG, f'{file} has {lines} lines'
 
 
 def test_public_signatures_carry_type_hints():

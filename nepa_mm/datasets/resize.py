@@ -25,6 +25,7 @@ def resize_image(source: Path, target: Path, short_side: int, quality: int = 95)
         DataError: The source is truncated, corrupt or not an image.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    # not atomic_write, which flushes the disk and lists the folder for every file
     part = target.with_name(f'.{target.name}.part')
     content = read_bytes(source)
     image = open_image(content, source)

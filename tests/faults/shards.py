@@ -10,7 +10,7 @@ from mmengine.fileio import get
 from mmengine.registry import DATASETS, init_default_scope
 from pyarrow import parquet
 
-from nepa_mm.datasets.imagenet_shards import INDEX
+from nepa_mm.datasets.tar_index import INDEX
 from nepa_mm.utils.errors import DataError
 
 from .files import VALUES, HangError, mutate, no_hang
