@@ -8,7 +8,7 @@ stack.check_binaries()
 stack.register()
 
 # importing these registers their classes
-from . import apis, engine, registry  # noqa: F401
+from . import apis, engine, evaluation, registry  # noqa: F401
 from .models import NEPA, NEPAViT, next_embedding_loss
 
 stack.register_models()

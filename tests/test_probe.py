@@ -13,7 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import softmax
 
-from nepa_mm.engine.hooks import ModelEMAHook, OnlineProbeHook
+from nepa_mm.engine.hooks import ModelEMAHook
+from nepa_mm.evaluation import OnlineProbeHook
 from nepa_mm.evaluation.frozen_features import extract_features, knn_accuracy, linear_scores
 
 from .conftest import REPO

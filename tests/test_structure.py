@@ -5,7 +5,7 @@ from .conftest import REPO
 
 PACKAGE = REPO / 'nepa_mm'
 # each may import what stands before it
-WINGS = ('utils', 'compat', 'checkpoints', 'datasets', 'models', 'evaluation', 'engine',
+WINGS = ('utils', 'compat', 'checkpoints', 'datasets', 'models', 'engine', 'evaluation',
          'visualization', 'apis')
 LONG = {
     'checkpoints/safe_load.py': 'one format, read by one table',

@@ -5,10 +5,8 @@ from .exact_resume import ExactResumeHook
 from .model_ema import ModelEMAHook
 from .nepa_monitor import NEPAMonitorHook
 from .non_finite_guard import NonFiniteGuardHook
-from .online_probe import OnlineProbeHook
 from .throughput import ThroughputHook
 from .unreadable_images import UnreadableImageHook
 
-__all__ = ['DeferredRuntimeInfoHook', 'ExactResumeHook', 'ModelEMAHook',
-           'NEPAMonitorHook', 'NonFiniteGuardHook', 'OnlineProbeHook', 'ThroughputHook',
-           'UnreadableImageHook', 'AtomicCheckpointHook']
+__all__ = ['AtomicCheckpointHook', 'DeferredRuntimeInfoHook', 'ExactResumeHook', 'ModelEMAHook',
+           'NEPAMonitorHook', 'NonFiniteGuardHook', 'ThroughputHook', 'UnreadableImageHook']
