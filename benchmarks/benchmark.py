@@ -162,20 +162,27 @@ def flops(model, size=224):
     return flops_per_image(model, size, size)
 
 
-def measure_memory(candidates):
-    """Wrap candidates on a GPU; return them and a dict that collects their peak memory (GB)."""
+def measure_memory(steps, models):
+    """Wrap steps on a GPU; return them and a dict that collects their peak memory (GB).
+
+    Other models lie on the same GPU, so the sum of a model's own state at rest (weights, AdamW, EMA
+    weights) and of what its step adds is measured.
+    """
     memory = {}
 
     def measured(name, run):
+        state = 16 * sum(p.numel() for p in models[name].parameters())
+
         def measured_run():
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
             result = run()
-            memory[name] = torch.cuda.max_memory_allocated() / 1e9
+            memory[name] = (state + torch.cuda.max_memory_allocated() - before) / 1e9
             return result
         return measured_run
     if get_device() == 'cuda':
-        candidates = {name: measured(name, run) for name, run in candidates.items()}
-    return candidates, memory
+        steps = {name: measured(name, run) for name, run in steps.items()}
+    return steps, memory
 
 
 def step(args):
@@ -187,7 +194,8 @@ def step(args):
         name: peers.build_step(
             loss, peers.our_update(BASES, model) if name.startswith('nepa_mm')
             else peers.plain_update(model), images, args.precision == 'bf16')
-        for name, (model, loss) in models.items()})
+        for name, (model, loss) in models.items()},
+        {name: model for name, (model, _) in models.items()})
     durations, peak = take_turns(steps, args.repeats, DTYPES[args.precision])
     rows, ours = [], [sum(parts) for parts in durations['nepa_mm']]
     for name, times in durations.items():
@@ -261,10 +269,14 @@ def memory(args):
         activations = constant + args.batch * (image + with_cp * (two_blocks - one_block))
         steps, measured = measure_memory({'step': peers.build_step(
             lambda images, model=model: model.loss(images)['loss'], peers.our_update(BASES, model),
-            torch.randn(args.batch, 3, 224, 224, device=get_device()), args.precision == 'bf16')})
+            torch.randn(args.batch, 3, 224, 224, device=get_device()), args.precision == 'bf16')},
+            dict(step=model))
         if get_device() == 'cuda' and args.gpus == 1:
-            for _ in range(2):      # the first step creates the optimizer state
-                steps['step']()
+            try:
+                for _ in range(2):      # the first step creates the optimizer state
+                    steps['step']()
+            except torch.OutOfMemoryError:
+                measured['step'] = 'out of memory'
         rows.append({'recomputation (with_cp)': 'on' if with_cp else 'off',
                      'state GB': state / 1e9, 'activations GB': activations / 1e9,
                      'sum GB': (state + activations) / 1e9,
@@ -278,8 +290,9 @@ def memory(args):
 def train(args):
     """Measure the milliseconds that the Runner adds to an iteration of a bare loop.
 
-    Both alternate after every iteration, so that other load slows both. Differences are taken
-    between neighbouring iterations. The range is the 95 % confidence interval of their median.
+    Both alternate, so that other load slows both: after every iteration, on a GPU after every 10.
+    Differences are taken between neighbours. The range is the 95 % confidence interval of their
+    median.
     """
     network = dict(arch=args.arch, compile_blocks=args.compile)
     job = workloads.Training(CONFIGS, network, args.batch, args.iterations,
@@ -387,7 +400,11 @@ def main(argv=None):
     with apis.user_errors():
         if getattr(args, 'json', None):
             require_new_path(args.json, '--json')
-        return args.run(args)
+        try:
+            return args.run(args)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError('The GPU has too little memory; give a smaller --batch. '
+                              + str(error).split('. ')[0] + '.') from error
 
 
 if __name__ == '__main__':

@@ -3,13 +3,14 @@ import copy
 import itertools
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from nepa_mm.engine.hooks import ModelEMAHook
 from nepa_mm.engine.hooks.deferred_runtime_info import DeferredHistory
-from nepa_mm.models import vit as backbone
+from nepa_mm.models import compilation
 from nepa_mm.models.vit import NEPAViT
 
 from .conftest import TINY, smooth_images
@@ -43,16 +44,22 @@ def graphs():
     """Counts what is compiled, and forgets it afterwards."""
     torch._dynamo.reset()
     counters.clear()
+    compilation.compiled.cache_clear()
     yield counters['stats']
+    compilation.compiled.cache_clear()
     torch._dynamo.reset()
 
 
 @pytest.fixture
 def traced(graphs, monkeypatch):
-    """Compile without generating code: what is compiled is the same, and it takes no time."""
-    compiled = torch.compile(backbone.run_block, backend='eager')
-    monkeypatch.setattr(backbone, 'compiled_block', lambda: compiled)
-    return graphs
+    """Compile without generating code, which takes no time; collects the inputs of each graph."""
+    inputs_of_graphs = []
+
+    def backend(graph, inputs):
+        inputs_of_graphs.append(inputs)
+        return graph
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=backend))
+    return inputs_of_graphs
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a compiler')
@@ -62,7 +69,7 @@ def test_compiled_blocks_compute_the_same(graphs):
     images = smooth_images(2, size=56)
     for model in (eager, compiled):
         model.loss(images)['loss'].backward()
-    assert graphs['unique_graphs'] == 1     # one for all three blocks
+    assert graphs['unique_graphs'] == 2     # one for all three blocks, one for the loss
     for (name, ours), theirs in zip(compiled.named_parameters(), eager.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
     average = copy.deepcopy(compiled)       # as EMA does
@@ -76,34 +83,61 @@ def test_twelve_drop_path_rates_share_two_graphs(traced, with_cp):
     model = NEPAViT(arch=TINY | dict(num_layers=12), drop_path_rate=0.3, with_cp=with_cp,
                     compile_blocks=True, layer_scale_init_value=0.5)
     model(torch.randn(4, 3, 28, 28))[0].sum().backward()
-    assert traced['unique_graphs'] == 2
+    assert len(traced) == 2
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
     model(torch.randn(4, 3, 28, 28))
-    assert traced['unique_graphs'] == 2     # evaluation is not compiled: hooks work there
+    assert len(traced) == 2     # evaluation is not compiled: hooks work there
 
 
 def test_compiled_blocks_under_data_parallel(traced):
-    """Gradients arrive as without compilation."""
+    """Gradients arrive as without compilation: blocks larger than a bucket, drop path."""
     distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
     try:
         grads = []
         for compiled in (False, True):
-            model = nepa(compile_blocks=compiled)
-            parallel = DistributedDataParallel(model)
-            parallel(smooth_images(2, size=28), mode='loss')['loss'].backward()
+            torch.manual_seed(0)
+            model = NEPAViT(arch=dict(embed_dims=256, num_layers=3, num_heads=4,
+                                      feedforward_channels=1024), drop_path_rate=0.3,
+                            layer_scale_init_value=0.5, compile_blocks=compiled)
+            parallel = DistributedDataParallel(model, bucket_cap_mb=1)
+            torch.manual_seed(1)
+            parallel(smooth_images(2, size=28))[0].select(1, 1).sum(dim=0)[0].backward()
             grads.append({name: p.grad for name, p in model.named_parameters()})
     finally:
         distributed.destroy_process_group()
-    assert traced['unique_graphs'] > 0
+    assert len(traced) == 2     # without and with drop path, none cut at a bucket
+    assert sum(grad.abs().sum() for grad in grads[0].values()) > 1
     torch.testing.assert_close(*grads)
+
+
+def test_a_short_batch_leaves_the_graph_of_full_batches_alone(traced):
+    """A graph with symbolic sizes is slower and would serve full batches from then on."""
+    model = NEPAViT(arch=TINY, compile_blocks=True)
+    for batch in (4, 4, 3, 4, 3):
+        model(torch.randn(batch, 3, 28, 28))
+    assert len(traced) == 2
+    for inputs in traced:       # a symbolic size would be an input, too
+        assert all(isinstance(x, torch.Tensor) for x in inputs)
+
+
+def test_a_machine_that_cannot_compile_says_so_once(monkeypatch, capfd):
+    """The CPU does not compile by default, without a word."""
+    assert not NEPAViT(arch=TINY).compiles(torch.zeros(1))
+    compilation.can_compile.cache_clear()
+    monkeypatch.setenv('PATH', '/nowhere')
+    monkeypatch.delenv('CC', raising=False)
+    MMLogger.get_instance('cannot compile')
+    assert not compilation.can_compile() and not compilation.can_compile()
+    assert capfd.readouterr().out.count('without torch.compile') == 1
+    compilation.can_compile.cache_clear()
 
 
 def test_compiled_run_saves_and_resumes_like_an_eager_one(traced, tmp_path):
     """Names, averaged and raw weights; an eager run may go on from a compiled one."""
     for compiled in (False, True):
         run(tmp_path / str(compiled), epochs=1, model=nepa(compile_blocks=compiled))
-    assert traced['unique_graphs'] > 0
+    assert traced
     eager, compiled = (torch.load(tmp_path / name / 'epoch_1.pth', weights_only=False)
                        for name in ('False', 'True'))
     for key in ('state_dict', 'ema_state_dict'):

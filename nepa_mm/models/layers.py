@@ -245,8 +245,8 @@ class Attention(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch per image in training, and rescale the rest.
 
-    Replaces timm's module, whose ``bernoulli_`` makes torch.compile build one graph per
-    rate until it gives up. Here all blocks share one graph.
+    Replaces timm's module, with which torch.compile builds one graph per rate until it gives
+    up. Here the rate is a tensor, so all blocks that drop share one graph.
 
     Args:
         drop_prob (float): Probability in [0, 1).
@@ -254,14 +254,14 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float):
         super().__init__()
-        self.drop_prob = drop_prob
+        self.drop_prob, self.enabled = drop_prob, drop_prob > 0
+        self.register_buffer('keep_prob', torch.tensor(1 - drop_prob), persistent=False)
 
     def forward(self, x):                                           # B T D -> B T D
-        if not (self.training and self.drop_prob):
+        if not (self.training and self.enabled):
             return x
-        keep_prob = 1 - self.drop_prob
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep_prob
-        return x * (kept / keep_prob).to(x.dtype)
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) < self.keep_prob
+        return x * (kept / self.keep_prob).to(x.dtype)
 
 
 class Block(nn.Module):

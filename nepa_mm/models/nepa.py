@@ -28,6 +28,8 @@ from mmengine.registry import MODELS
 from mmpretrain.models.selfsup.base import BaseSelfSupervisor
 from torch import Tensor, nn
 
+from nepa_mm.models.compilation import compiled
+
 
 def next_embedding_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Minus the mean cosine between predictions and targets, in fp32.
@@ -102,6 +104,11 @@ class NEPAHead(BaseModule):
         return next_embedding_loss(h[:, first:1 + n], target[:, self.shift - 1 + first:])
 
 
+def head_loss(head: NEPAHead, h: Tensor, z: Tensor) -> Tensor:
+    """Call a head. A function, so that it can be compiled."""
+    return head.loss(h, z)
+
+
 @MODELS.register_module()
 class NEPA(BaseSelfSupervisor):
     """Next-Embedding Predictive Autoregression.
@@ -152,10 +159,11 @@ class NEPA(BaseSelfSupervisor):
         """
         z, grid = self.backbone.embed(inputs)                   # B N D
         *intermediate, h = self.forward_tokens(z, grid, (*self.intermediate_blocks, -1))
-        losses = dict(loss=self.head.loss(h, z))                # h: B 1+n D
+        loss = compiled(head_loss) if self.backbone.compiles(z) else head_loss
+        losses = dict(loss=loss(self.head, h, z))               # h: B 1+n D
         if intermediate:
             losses['loss_intermediate'] = torch.stack(
-                [self.head.loss(h, z) for h in intermediate]).mean()
+                [loss(self.head, h, z) for h in intermediate]).mean()
         return losses
 
     def forward_tokens(self, z: Tensor, grid: tuple[int, int],

@@ -1,6 +1,5 @@
 """NEPA's Vision Transformer: a plain causal ViT whose only position signal is RoPE."""
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from mmengine.registry import MODELS
@@ -10,18 +9,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nepa_mm.checkpoints.loading import load_pretrained
+from nepa_mm.models.compilation import can_compile, compiled
 from nepa_mm.models.layers import SCANS, Block, PatchEmbed, RotaryEmbedding, scan_order
 
 
 def run_block(layer: nn.Module, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Call a block. A function, so that all blocks share one compiled graph."""
+    """Call a block. All blocks share the compiled graph of this function."""
     return layer(x, sin, cos)
-
-
-@cache
-def compiled_block():
-    """:func:`run_block`, compiled at its first call."""
-    return torch.compile(run_block)
 
 
 @MODELS.register_module()
@@ -89,9 +83,10 @@ class NEPAViT(BaseBackbone):
             blocks; ``num_layers`` freezes the network. Defaults to -1.
         with_cp (bool): Whether to recompute each block in the backward pass to save
             memory. Defaults to False.
-        compile_blocks (bool): Whether to compile the blocks in training. All blocks share
-            one compiled graph, so the first step takes seconds longer, not minutes.
-            Modules and parameters stay as they are. Defaults to False.
+        compile_blocks (bool, optional): Whether to compile the blocks, and the loss of
+            :class:`NEPA`, in training. All blocks share one graph per shape of their input,
+            so the first step takes seconds longer, not minutes. Modules and parameters stay
+            as they are. Defaults to None: on a GPU with Triton and a C compiler.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.', weights=None | 'ema' | 'raw',
             adapt_input_conv=False | True)`` loads a checkpoint, see
@@ -127,7 +122,7 @@ class NEPAViT(BaseBackbone):
                  rope_rescale: float | None = 2., use_abs_pos_emb: bool = False,
                  img_size: int | tuple[int, int] = 224, num_register_tokens: int = 0,
                  scan: str = 'raster', remainder: str = 'error', frozen_stages: int = -1,
-                 with_cp: bool = False, compile_blocks: bool = False,
+                 with_cp: bool = False, compile_blocks: bool | None = None,
                  init_cfg: dict | None = None):
         super().__init__(init_cfg)
         arch = self._arch_settings(arch)
@@ -285,7 +280,7 @@ class NEPAViT(BaseBackbone):
         x = self.drop(x)
         sin, cos = self.rope(grid, self.num_extra_tokens, x.device)
         sin, cos = sin[:x.shape[1]], cos[:x.shape[1]]
-        run = compiled_block() if self.compile_blocks and self.training else run_block
+        run = compiled(run_block) if self.compiles(x) else run_block
         outs = []
         for i, layer in enumerate(self.layers):
             if self.with_cp and self.training:
@@ -297,6 +292,12 @@ class NEPAViT(BaseBackbone):
         if self.num_layers - 1 in out_indices:
             outs[-1] = self.norm(x)
         return outs
+
+    def compiles(self, x: Tensor) -> bool:
+        """Whether work on ``x`` is compiled: see ``compile_blocks``."""
+        if self.training and self.compile_blocks is None:
+            return x.is_cuda and can_compile()
+        return self.training and self.compile_blocks
 
     def _positions(self, grid):                                     # 1 N D, in scan order
         if tuple(grid) != self.pos_embed.shape[1:3]:
