@@ -10,6 +10,26 @@ hf://owner/name[@revision]. A config file for tools/test.py is written beside DS
 --to hf, network, input and class names come from --config or from the checkpoint; DST_FOLDER also
 gets a preprocessor_config.json.
 """
+from nepa_mm_cli import add_weights_argument, tool_parser
+
+
+def parse_args(argv=None):
+    parser = tool_parser(__doc__)
+    parser.add_argument('src', help='weights to convert')
+    parser.add_argument('dst', help='file or folder to write; must not exist')
+    parser.add_argument('--to', choices=['mm', 'hf'], default='mm',
+                        help='format of DST: ours (default) or the published one')
+    add_weights_argument(parser)
+    parser.add_argument('--config', help='config of CHECKPOINT, for --to hf')
+    parser.add_argument(
+        '--fold-layer-scale', action='store_true',
+        help='multiply LayerScale into the projections; outputs do not change')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
 import copy
 import json
 import re
@@ -43,26 +63,12 @@ from nepa_mm.checkpoints.huggingface_config import (
     published_config,
 )
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
-from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, weights_kind
+from nepa_mm.checkpoints.loading import select_weights, weights_kind
 from nepa_mm.checkpoints.recorded_config import recorded_config
 from nepa_mm.utils.files import atomic_write
 
 BASES = dict(NEPA='pretrain/nepa_vit-b.py', b='classification/nepa_vit-b_ft_in1k.py',
              l='classification/nepa_vit-l_ft_in1k.py')
-
-
-def parse_args(argv=None):
-    parser = apis.tool_parser(__doc__)
-    parser.add_argument('src', help='weights to convert')
-    parser.add_argument('dst', help='file or folder to write; must not exist')
-    parser.add_argument('--to', choices=['mm', 'hf'], default='mm',
-                        help='format of DST: ours (default) or the published one')
-    add_weights_argument(parser)
-    parser.add_argument('--config', help='config of CHECKPOINT, for --to hf')
-    parser.add_argument(
-        '--fold-layer-scale', action='store_true',
-        help='multiply LayerScale into the projections; outputs do not change')
-    return parser.parse_args(argv)
 
 
 def read_config(src):

@@ -7,6 +7,20 @@ Writes nepa_vit-b_{YYYYMMDD}-{first 8 characters of the SHA-256}.safetensors. Ke
 config, the input spec, the class names and the name of the set of weights. Drops optimizer,
 schedules, message hub and the other set of weights.
 """
+from nepa_mm_cli import add_weights_argument, tool_parser
+
+
+def parse_args(argv=None):
+    parser = tool_parser(__doc__)
+    parser.add_argument('checkpoint', help='checkpoint file of a run')
+    parser.add_argument('out_prefix', help='path and name of the file, without date and suffix')
+    add_weights_argument(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
 import datetime
 from pathlib import Path
 
@@ -14,16 +28,8 @@ from nepa_mm import apis
 from nepa_mm.apis.input_spec import input_of
 from nepa_mm.checkpoints.hub import sha256
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
-from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, weights_kind
+from nepa_mm.checkpoints.loading import select_weights, weights_kind
 from nepa_mm.checkpoints.recorded_config import recorded_config
-
-
-def parse_args(argv=None):
-    parser = apis.tool_parser(__doc__)
-    parser.add_argument('checkpoint', help='checkpoint file of a run')
-    parser.add_argument('out_prefix', help='path and name of the file, without date and suffix')
-    add_weights_argument(parser)
-    return parser.parse_args(argv)
 
 
 def publish(args):
