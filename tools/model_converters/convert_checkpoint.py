@@ -37,7 +37,6 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.utils import to_2tuple
-from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 
 from nepa_mm import apis
 from nepa_mm.apis.input_spec import (
@@ -112,6 +111,7 @@ def config_text(model, config, src, images=None, labels=None):
             to None: the authors' evaluation.
         labels (list[str], optional): Class names. Defaults to None.
     """
+    from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
     classifier = model['type'] == 'ImageClassifier'
     base = BASES['NEPA' if not classifier else 'l' if config['hidden_size'] == 1024 else 'b']
     explicit = images or config['image_size'] != DEFAULTS['image_size']
