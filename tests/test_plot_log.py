@@ -128,7 +128,7 @@ def test_logs_of_the_runner(folder):
 
 @pytest.mark.parametrize('rows, message', [
     (None, 'error: no */vis_data/scalars.json in'), ([], 'error: no training log in'),
-    ([dict(iter=1, time=0.1, loss=float('nan'))], 'have nothing to plot: no accuracy/top1, ')])
+    ([dict(iter=1, time=0.1, loss=float('nan'))], 'have nothing to plot: no aAcc, accuracy/')])
 def test_bad_input(tmp_path, capsys, rows, message):
     if rows is not None:
         save_log(tmp_path / 'run', '20250101_000000', rows)
