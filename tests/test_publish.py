@@ -30,7 +30,7 @@ def tuned(folder):
     config, _ = save_classifier()
     cfg = Config.fromfile(config)
     cfg.model.data_preprocessor.to_rgb = True
-    cfg.model.backbone.out_type = 'last_token'
+    cfg.model.backbone.fc_norm = True       # of the mean of the patches
     cfg.dump(config)
     run_train([config, '--work-dir', 'run', *options('train_cfg.max_epochs=2')])
     return 'run/epoch_2.pth'
@@ -59,7 +59,7 @@ def test_folder(tuned, capsys):
     with_ours, with_timm = blocks(card, 'python')
     image = torch.randn(2, 3, 28, 28)
     ours = run_code(with_ours)['model']
-    timm = run_code('import json\n' + with_timm)['model'].eval()
+    timm = run_code(with_timm)['model'].eval()
     expected = MODELS.build(Config.fromfile('classify.py').model).eval()
     expected.load_state_dict(read_checkpoint(tuned)['state_dict'])
     with torch.no_grad():

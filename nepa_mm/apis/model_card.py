@@ -5,7 +5,9 @@ from typing import Any
 
 from mmengine.utils import to_2tuple
 
+from nepa_mm.checkpoints.huggingface_config import backbone_cfg
 from nepa_mm.checkpoints.recorded_config import recorded_values
+from nepa_mm.models.timm_eva import eva_args
 
 UNKNOWN = 'not recorded'
 CARD = """---
@@ -48,9 +50,16 @@ model = MODELS.build(model_cfg(config{classes})).eval()
 load_strict(model, {folder})
 ```
 
-As a timm model, if timm can express the network:
+{timm}Input: pixels from 0 to 1, normalised as in `preprocessor_config.json`, which the
+`AutoImageProcessor` of transformers reads. The other files have the format of the authors'
+`vit_nepa` model for transformers, which needs their code.
+"""
+TIMM = """As a timm model:
 
 ```python
+import json
+
+import nepa_mm
 from nepa_mm.checkpoints.huggingface_config import model_cfg
 from nepa_mm.checkpoints.io import read_checkpoint
 from nepa_mm.models.timm_eva import to_timm
@@ -59,9 +68,6 @@ config = json.load(open({config}))
 model = to_timm(model_cfg(config{classes}), read_checkpoint({folder})['state_dict'])
 ```
 
-Input: pixels from 0 to 1, normalised as in `preprocessor_config.json`, which the
-`AutoImageProcessor` of transformers reads. The other files have the format of the authors'
-`vit_nepa` model for transformers, which needs their code.
 """
 
 
@@ -96,13 +102,14 @@ def model_card(name: str, checkpoint: Mapping, which: str, config: Mapping, cfg:
                '| --- | --- |\n' + '\n'.join(f'| {_cell(key)} | {value:.4g} |'
                                              for key, value in found.items())
                if found else 'The checkpoint records no validation.')
+    paths = dict(config=repr(f'{name}/config.json'), folder=repr(name),
+                 classes=f', num_classes={classes}' if classes else '')
     return CARD.format(
-        license=license, origin=origin,
-        task='image-classification' if classes else 'image-feature-extraction', name=_cell(name), what=f'A NEPA Vision Transformer: {task}.',
+        license=license, origin=origin, name=_cell(name), **paths,
+        task='image-classification' if classes else 'image-feature-extraction',
+        what=f'A NEPA Vision Transformer: {task}.', metrics=metrics,
         table='\n'.join(f'| {key} | {_cell(value)} |' for key, value in rows.items()),
-        metrics=metrics, config=repr(f'{name}/config.json'),
-        classes=f', num_classes={classes}' if classes else '',
-        folder=repr(name))
+        timm=TIMM.format(**paths) if _timm_has(config) else '')
 
 
 def training(meta: Mapping, cfg: Mapping) -> dict[str, str]:
@@ -137,6 +144,14 @@ def recorded_metrics(checkpoint: Mapping) -> dict[str, float]:
         if name != key and name not in ('time', 'data_time') and len(history.data[0]):
             found[name] = float(history.current())
     return found
+
+
+def _timm_has(config):
+    try:
+        eva_args(backbone_cfg(config))
+    except ValueError:
+        return False
+    return True
 
 
 def _dict(value: Any) -> Mapping:
