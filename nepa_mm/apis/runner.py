@@ -59,6 +59,8 @@ def build_runner(cfg: Config) -> Runner:
     world_size = _read_launcher(cfg.launcher)
     notes = scale_lr(cfg, world_size)
     fill_dataloaders(cfg)
+    if cfg.get('visualizer'):       # vis_backends alone are enough
+        cfg.visualizer.setdefault('type', 'Visualizer')
     if cfg.launcher != 'none' and get_device() == 'cpu':
         notes += _prepare_cpu_group(cfg)
     with filtered_runner_logs():

@@ -8,13 +8,16 @@ from mmengine.logging import MMLogger
 
 
 def quiet_imports() -> None:
-    """Drop two messages about optional packages; call it before mmpretrain or mmseg is imported.
+    """Drop messages of which a user can change nothing; call it before mmpretrain is imported.
 
     mmcv-lite warns that it has no compiled operators, and NEPA needs none. mmpretrain and mmseg log
     a missing client at level DEBUG without a logger, which mmengine's ``print_log`` prints at any
     level. From now on, it prints from level INFO.
     """
-    warnings.filterwarnings('ignore', 'Fail to import ``MultiScaleDeformableAttention``')
+    for message in ('Fail to import ``MultiScaleDeformableAttention``',
+                    'Default ``avg_non_ignore`` is False',      # as in mmseg's recipes
+                    'The draw is False, it means that the hook for visualization'):
+        warnings.filterwarnings('ignore', message)
     print_log = mmengine.logging.print_log
 
     @wraps(print_log)
