@@ -129,8 +129,8 @@ def training(meta: Mapping, cfg: Mapping) -> dict[str, str]:
         'Training data': data or UNKNOWN,
         'Length': ', '.join(f'{meta[key]} {noun}' for key, noun in (
             ('epoch', 'epochs'), ('iter', 'iterations')) if meta.get(key)) or UNKNOWN,
-        'Batch': f'{batch} images per process, gradients of '
-                 f'{wrapper.get("accumulative_counts", 1)} batches accumulated' if batch
+        'Batch': f'{batch} images per process x '
+                 f'{wrapper.get("accumulative_counts", 1)} accumulated' if batch
                  else UNKNOWN,
         'Optimizer': f'{optimizer["type"]}, learning rate {optimizer.get("lr", UNKNOWN)}'
                      if optimizer.get('type') else UNKNOWN}
