@@ -43,12 +43,12 @@ if __name__ == '__main__':
 import csv
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
-from mmengine.config import Config
 from mmengine.registry import DATASETS
 from PIL import Image
 from rich.progress import track
@@ -82,7 +82,7 @@ def read_model(args):
     """Return the config and the weight file of the model."""
     from mmpretrain.apis.model import ModelHub
     if args.model.endswith('.py'):
-        cfg, weights = Config.fromfile(args.model), None
+        cfg, weights = apis.read_config(args.model), None
     else:
         info = ModelHub.get(args.model)
         cfg, weights = info.config, info.weights
@@ -103,7 +103,10 @@ def build(cfg, weights, device, which=None):
     """Build the inferencer with all weights loaded; return it and the set of weights."""
     if apis.is_segmentation(cfg):
         from mmseg.apis import MMSegInferencer
-        infer = MMSegInferencer(cfg, weights, device=device)
+        with warnings.catch_warnings():     # not so: see classes_and_palette; nothing is logged
+            for message in ('dataset_meta or class names are not saved', 'Failed to add <class'):
+                warnings.filterwarnings('ignore', message)
+            infer = MMSegInferencer(cfg, weights, device=device)
     else:
         from mmpretrain import ImageClassificationInferencer
         infer = ImageClassificationInferencer(cfg, pretrained=weights, device=device)

@@ -5,11 +5,11 @@ channels.py, run_check.py and the *_checks.py files reject configs and data that
 input_spec.py describes preprocessing in plain values. runner.py builds the Runner.
 """
 from .channel_checks import check_channels, color_type
-from .config import check_checkpoint, is_segmentation, load_config, resolve_resume
+from .config import check_checkpoint, is_segmentation, load_config, read_config, resolve_resume
 from .data_checks import check_data
 from .runner import build_runner, fill_dataloaders, reuse_freed_memory, start_runner
 from .user_errors import user_errors
 
 __all__ = ['build_runner', 'check_channels', 'check_checkpoint', 'check_data', 'color_type',
-           'fill_dataloaders', 'is_segmentation', 'load_config', 'resolve_resume',
+           'fill_dataloaders', 'is_segmentation', 'load_config', 'read_config', 'resolve_resume',
            'reuse_freed_memory', 'start_runner', 'user_errors']

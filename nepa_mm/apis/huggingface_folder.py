@@ -3,9 +3,9 @@ import copy
 import json
 from pathlib import Path
 
-from mmengine.config import Config
 from mmengine.utils import to_2tuple
 
+from nepa_mm.apis.config import read_config
 from nepa_mm.apis.input_spec import (
     class_names,
     input_of,
@@ -88,7 +88,7 @@ def write_folder(checkpoint_path: str, folder: str | Path, weights: str | None =
     checkpoint = read_checkpoint(checkpoint_path, weights=weights)
     state_dict = select_weights(checkpoint, weights, checkpoint_path)
     which, meta = weights_kind(checkpoint, weights), checkpoint['meta']
-    cfg = (Config.fromfile(config_path).to_dict() if config_path
+    cfg = (read_config(config_path).to_dict() if config_path
            else recorded_config(meta, checkpoint_path))
     if cfg.get('model') is None:
         raise ValueError('The checkpoint does not record its config; give it with --config.')

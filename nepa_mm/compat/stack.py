@@ -122,13 +122,9 @@ def check_binaries() -> None:
 def register() -> None:
     """Register the locations of ``mmseg::``, ``mmpretrain::`` and ``nepa_mm::`` configs.
 
-    Keep OpenMMLab's imports quiet. On the classic stack, also apply the patches that it needs on a
-    recent torch.
+    On the classic stack, also apply the patches that it needs on a recent torch.
     """
     from mmengine.config.utils import MODULE2PACKAGE
-
-    from nepa_mm.compat.quiet import quiet_imports
-    quiet_imports()
 
     # A module instead of a distribution: mmengine finds it next to the imported package, while the
     # metadata of an editable installation does not lead there.

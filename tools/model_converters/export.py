@@ -39,7 +39,6 @@ import json
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -134,7 +133,7 @@ def export(args):
         if missing:
             raise ValueError(f'ONNX export needs {", ".join(missing)}; '
                              f'run: pip install {" ".join(missing)}')
-    cfg = Config.fromfile(args.config)
+    cfg = apis.read_config(args.config)
     apis.check_checkpoint(args.checkpoint, 'CHECKPOINT')
     (height, width), meta = describe(cfg, args)
     out = args.out or f'{Path(args.config).stem}_{height}x{width}{SUFFIXES[args.format]}'
