@@ -228,7 +228,7 @@ class Segmentor:
         for name, share in largest:
             if share:
                 print(f'  {share:6.2%}  {name}')
-        print(f'  -> {row["mask"]}')
+        print(f'  label map: {row["mask"]}')
 
     def columns(self, rows):
         """Return the rows of a table with one column for each class."""
