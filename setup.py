@@ -17,6 +17,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
+    py_modules=['nepa_mm_cli'],     # stands beside the package, see there
     packages=find_packages(include=['nepa_mm', 'nepa_mm.*']),
     # .mim holds links to configs, tools and model-index.yml; a wheel contains the files
     package_data={'nepa_mm': [

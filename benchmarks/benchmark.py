@@ -19,8 +19,74 @@ timm's Eva configured as NEPA, and, if installed, with stable-pretraining's NEPA
 `vit_nepa`. The authors' checkout on PYTHONPATH also provides `vit_nepa`.
 """
 import argparse
-import json
 import os
+
+
+class Parser(argparse.ArgumentParser):
+    """Report a wrong command line in one sentence."""
+
+    def error(self, message):
+        """Exit without printing the usage."""
+        self.exit(2, f'error: {message}.\n')
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    def command(name, help):
+        sub = commands.add_parser(name, help=help)
+        sub.add_argument('--json', metavar='FILE', help='also write the figures to this file')
+        return sub
+
+    def positive(text):
+        value = int(text)
+        if value < 1:
+            raise argparse.ArgumentTypeError(f'{value} is not positive')
+        return value
+
+    def network(sub, arch, batch, repeats):
+        sub.add_argument('--arch', choices=['tiny', 'small', 'base', 'large'], default=arch)
+        sub.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32')
+        sub.add_argument('--batch', type=positive, default=batch, help='images per step')
+        sub.add_argument('--repeats', type=positive, default=repeats, help='turns after the warmup')
+        sub.add_argument('--compile', action='store_true', help='compile our blocks')
+        return sub
+
+    network(command('step', 'forward, loss, backward, optimizer, EMA'), 'base', 4, 5)
+    network(command('scaling', 'time per FLOP over tokens, batch and depth'),
+            'small', 2, 3).add_argument(
+        '--batches', type=positive, nargs='+', default=[1, 16, 256],
+        help='batch sizes to try; --batch applies to the other points')
+    network(command('memory', 'memory of a step, with and without recomputation'),
+            'large', 256, 1).add_argument(
+        '--gpus', type=positive, default=1, help='GPUs that share the state, as with '
+            'FSDPRunner')
+    sub = command('train', 'the Runner compared with a bare loop')
+    network(sub, 'tiny', 8, 3)
+    sub.add_argument('--iterations', type=positive, default=100, help='iterations per turn')
+    sub = command('loader', 'images per second of the data pipeline')
+    sub.add_argument('--images', type=positive, default=200, help='JPEGs to generate')
+    sub.add_argument('--workers', type=positive, default=os.cpu_count(), help='processes')
+    sub.add_argument('--repeats', type=positive, default=3)
+    sub = command('plan', 'hours, cost and bottleneck of a pretraining')
+    sub.add_argument('--gpus', type=positive, required=True)
+    sub.add_argument('--model', choices=['s', 'b', 'l'], required=True)
+    sub.add_argument('--epochs', type=positive, help='default: those of the config')
+    sub.add_argument('--images-per-second', type=float, help='of one GPU, as `step` measures it')
+    sub.add_argument('--step-json', help='... or the file of `step --json`')
+    sub.add_argument('--loader-images-per-second', type=float, help='of one CPU core')
+    sub.add_argument('--loader-json', help='... or the file of `loader --json`')
+    sub.add_argument('--cores', type=positive, default=8, help='CPU cores per GPU')
+    sub.add_argument('--bandwidth', type=float, default=100., help='of the all-reduce, GB/s')
+    sub.add_argument('--price', type=float, default=0., help='of one GPU for one hour')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
+import json
 import resource
 import statistics
 import sys
@@ -45,68 +111,6 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 BASES = CONFIGS / '_base_'
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 IMAGENET = 1_281_167    # training images
-
-
-class Parser(argparse.ArgumentParser):
-    """Report a wrong command line in one sentence."""
-
-    def error(self, message):
-        """Exit without printing the usage."""
-        self.exit(2, f'error: {message}.\n')
-
-
-def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', required=True)
-
-    def command(name, run, help):
-        sub = commands.add_parser(name, help=help)
-        sub.set_defaults(run=run)
-        sub.add_argument('--json', metavar='FILE', help='also write the figures to this file')
-        return sub
-
-    def positive(text):
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f'{value} is not positive')
-        return value
-
-    def network(sub, arch, batch, repeats):
-        sub.add_argument('--arch', choices=['tiny', 'small', 'base', 'large'], default=arch)
-        sub.add_argument('--precision', choices=list(DTYPES), default='fp32')
-        sub.add_argument('--batch', type=positive, default=batch, help='images per step')
-        sub.add_argument('--repeats', type=positive, default=repeats, help='turns after the warmup')
-        sub.add_argument('--compile', action='store_true', help='compile our blocks')
-        return sub
-
-    network(command('step', step, 'forward, loss, backward, optimizer, EMA'), 'base', 4, 5)
-    network(command('scaling', scaling, 'time per FLOP over tokens, batch and depth'),
-            'small', 2, 3).add_argument(
-        '--batches', type=positive, nargs='+', default=[1, 16, 256],
-        help='batch sizes to try; --batch applies to the other points')
-    network(command('memory', memory, 'memory of a step, with and without recomputation'),
-            'large', 256, 1).add_argument(
-        '--gpus', type=positive, default=1, help='GPUs that share the state, as with '
-            'FSDPRunner')
-    sub = command('train', train, 'the Runner compared with a bare loop')
-    network(sub, 'tiny', 8, 3)
-    sub.add_argument('--iterations', type=positive, default=100, help='iterations per turn')
-    sub = command('loader', loader, 'images per second of the data pipeline')
-    sub.add_argument('--images', type=positive, default=200, help='JPEGs to generate')
-    sub.add_argument('--workers', type=positive, default=os.cpu_count(), help='processes')
-    sub.add_argument('--repeats', type=positive, default=3)
-    sub = command('plan', plan, 'hours, cost and bottleneck of a pretraining')
-    sub.add_argument('--gpus', type=positive, required=True)
-    sub.add_argument('--model', choices=['s', 'b', 'l'], required=True)
-    sub.add_argument('--epochs', type=positive, help='default: those of the config')
-    sub.add_argument('--images-per-second', type=float, help='of one GPU, as `step` measures it')
-    sub.add_argument('--step-json', help='... or the file of `step --json`')
-    sub.add_argument('--loader-images-per-second', type=float, help='of one CPU core')
-    sub.add_argument('--loader-json', help='... or the file of `loader --json`')
-    sub.add_argument('--cores', type=positive, default=8, help='CPU cores per GPU')
-    sub.add_argument('--bandwidth', type=float, default=100., help='of the all-reduce, GB/s')
-    sub.add_argument('--price', type=float, default=0., help='of one GPU for one hour')
-    return parser.parse_args(argv)
 
 
 # Turns
@@ -400,8 +404,9 @@ def main(argv=None):
     with apis.user_errors():
         if getattr(args, 'json', None):
             require_new_path(args.json, '--json')
+        commands = (step, scaling, memory, train, loader, plan)
         try:
-            return args.run(args)
+            return {run.__name__: run for run in commands}[args.command](args)
         except torch.OutOfMemoryError as error:
             raise MemoryError('The GPU has too little memory; give a smaller --batch. '
                               + str(error).split('. ')[0] + '.') from error

@@ -7,8 +7,16 @@ Without the causal mask the patch to predict is among the inputs. Writes results
 and monitors.png. Exits with status 1 if an expected failure did not occur, or occurred in the full
 method.
 """
-import contextlib
-import io
+import common
+
+
+def parse_args(argv=None):
+    return common.parse_args(__doc__, argv, 'ablations', 1, 'pretrainings per row')
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
 import json
 import multiprocessing
 import os
@@ -26,9 +34,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an optional package
-    import nepa_mm  # noqa: F401
-from common import parse_args, train, train_on_few_labels
+import nepa_mm  # noqa: F401
+from common import claim_work_dir, train, train_on_few_labels
 from nepa_mm.engine.hooks import NEPAMonitorHook
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
@@ -211,7 +218,8 @@ def tabulate(results):
 
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line); return whether a check failed."""
-    args = parse_args(__doc__, argv, 'ablations', 1, 'pretrainings per row')
+    args = parse_args(argv)
+    claim_work_dir(args, 'ablations')
     console, begin, out = Console(file=sys.stdout, soft_wrap=True), time.time(), args.work_dir
 
     console.print(f'Pretraining {len(ROWS)} ways on digits; then fine-tuning on {LABELS} '

@@ -3,12 +3,11 @@ import contextlib
 import io
 from pathlib import Path
 
-from nepa_mm.apis import build_runner, load_config, tool_parser, user_errors
-from nepa_mm.utils.outputs import claim_folder
+from nepa_mm_cli import tool_parser
 
 
 def parse_args(description, argv, name, seeds, seeds_help):
-    """Parse a demo's command line, and claim its folder.
+    """Parse a demo's command line.
 
     Args:
         description (str): Docstring of the demo.
@@ -27,10 +26,15 @@ def parse_args(description, argv, name, seeds, seeds_help):
                         help='epochs of pretraining (default: 60)')
     parser.add_argument('--seeds', type=int, default=seeds,
                         help=f'{seeds_help} (default: {seeds})')
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def claim_work_dir(args, name):
+    """Claim the folder of a demo, or exit with one sentence."""
+    from nepa_mm.apis import user_errors
+    from nepa_mm.utils.outputs import claim_folder
     with user_errors():
         claim_folder(args.work_dir, f'.nepa_mm_{name}')
-    return args
 
 
 def train(config, work_dir, options, hook=None):
@@ -45,6 +49,7 @@ def train(config, work_dir, options, hook=None):
     Returns:
         Runner: The Runner after training.
     """
+    from nepa_mm.apis import build_runner, load_config
     with contextlib.redirect_stdout(io.StringIO()):
         # short trials are intended
         options = {'default_hooks.run_check.odd': 'warn', **options}

@@ -6,6 +6,16 @@ Uses the same Runner as ImageNet, with the configs in configs/demo. Writes resul
 loss.png, prediction.png and segmentation.png. Exits with status 1 if the pretraining collapsed or
 did not help.
 """
+import common
+
+
+def parse_args(argv=None):
+    return common.parse_args(__doc__, argv, 'demo', 3, 'runs per start and number of labels')
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
 import contextlib
 import io
 import json
@@ -32,9 +42,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-with contextlib.redirect_stdout(io.StringIO()):     # mmpretrain reports an optional package
-    import nepa_mm  # noqa: F401
-from common import parse_args, train, train_on_few_labels
+import nepa_mm  # noqa: F401
+from common import claim_work_dir, train, train_on_few_labels
 from make_digit_scenes import write_digit_scenes
 from nepa_mm.apis import load_config
 from nepa_mm.checkpoints.loading import load_pretrained
@@ -275,7 +284,8 @@ def show(console, results, path):
 
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line); return whether a check failed."""
-    args = parse_args(__doc__, argv, 'demo', 3, 'runs per start and number of labels')
+    args = parse_args(argv)
+    claim_work_dir(args, 'demo')
     console, begin, out = Console(file=sys.stdout), time.time(), args.work_dir
     torch.set_num_threads(1)
 

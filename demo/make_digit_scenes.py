@@ -4,12 +4,28 @@
 
 This is the data of configs/demo/digits_upernet.py; see :func:`digit_scene` for the labels.
 """
+from nepa_mm_cli import tool_parser
+
+
+def parse_args(argv=None):
+    parser = tool_parser(__doc__)
+    parser.add_argument('--out', default='data/digit_scenes', help='where scenes go '
+                        '(default: data/digit_scenes)')
+    parser.add_argument('--train', type=int, default=100, help='training scenes (default: 100)')
+    parser.add_argument('--val', type=int, default=100, help='validation scenes (default: 100)')
+    parser.add_argument('--seed', type=int, default=0, help='(default: 0)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from nepa_mm.apis import tool_parser, user_errors
+from nepa_mm.apis import user_errors
 from nepa_mm.datasets.digits import SPLITS, Digits
 from nepa_mm.utils.outputs import claim_folder
 
@@ -74,13 +90,7 @@ def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
 
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line)."""
-    parser = tool_parser(__doc__)
-    parser.add_argument('--out', default='data/digit_scenes', help='where scenes go '
-                        '(default: data/digit_scenes)')
-    parser.add_argument('--train', type=int, default=100, help='training scenes (default: 100)')
-    parser.add_argument('--val', type=int, default=100, help='validation scenes (default: 100)')
-    parser.add_argument('--seed', type=int, default=0, help='(default: 0)')
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     with user_errors():
         write_digit_scenes(args.out, args.train, args.val, args.seed)
     print(f'Wrote {args.train} + {args.val} scenes to {args.out}.')

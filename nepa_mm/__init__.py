@@ -7,10 +7,14 @@ stack.require(*stack.CORE, 'mmengine', 'mmcv', 'mmpretrain')
 stack.check_binaries()
 stack.register()
 
-# importing these registers their classes
-from . import apis, engine, evaluation, registry  # noqa: F401
-from .models import NEPA, NEPAViT, next_embedding_loss
+from .compat.quiet import ignore_harmless_warnings, quiet_imports
 
-stack.register_models()
+ignore_harmless_warnings()
+with quiet_imports():
+    # importing these registers their classes
+    from . import apis, engine, evaluation, registry  # noqa: F401
+    from .models import NEPA, NEPAViT, next_embedding_loss
+
+    stack.register_models()
 
 __all__ = ['NEPA', 'NEPAViT', 'next_embedding_loss']

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config, DictAction
 
-from nepa_mm.apis.arguments import parse_value
+from nepa_mm_cli import parse_value
 
 from .conftest import REPO
 from .tiny_runs import (

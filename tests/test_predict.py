@@ -1,7 +1,15 @@
 """The model index, inference from Python, tools/predict.py, and the tables of the pages."""
+import csv
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mmpretrain
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +20,7 @@ from PIL import Image
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
 
 from .conftest import REPO
-from .tiny_runs import load_tool, save_classifier, save_segmentor
+from .tiny_runs import find_script, load_tool, run_script, save_classifier, save_segmentor
 
 predict = load_tool('predict').main
 tables = load_tool('readme_tables')
@@ -68,6 +76,93 @@ def test_segmentation():
         assert label_map.size == (32, 28) and set(label_map.getdata()) == {1}
 
 
+def awkward_folder():
+    """Nested files of several formats and one that is cut off; and the names of the good ones."""
+    good = ['x/a b.webp', 'x/grey.png', 'x/deep/cmyk.jpg', 'x/deep/UPPER.JPG', 'x/odd.tif']
+    Path('x/deep').mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, mode in zip(good, ('RGB', 'L', 'CMYK', 'RGB', 'RGB')):
+        pixels = Image.fromarray(rng.integers(0, 256, (33, 47, 3), dtype=np.uint8))
+        pixels.convert(mode).save(name)
+    Path('x/broken.jpg').write_bytes(Path(IMAGES[0]).read_bytes()[:300])
+    Path('x/notes.txt').touch()
+    Path('x/.hidden.jpg').touch()
+    return sorted(good)
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 16])
+def test_folder_with_a_broken_file(capsys, batch_size):
+    """The broken file is named and makes the status 1; all others are in the table."""
+    config, checkpoint = save_classifier()
+    good = awkward_folder()
+    with pytest.raises(SystemExit) as status:
+        predict(['x', '--model', config, '--checkpoint', checkpoint, '--out', 'a b.csv',
+                 '--topk', '2', '--batch-size', str(batch_size)])
+    assert status.value.code == 1
+    out, err = capsys.readouterr()
+    assert 'error: 1 of 6 images cannot be read: x/broken.jpg' in err and '5 of 6 images' in out
+    with open('a b.csv', newline='') as file:
+        rows = {row.pop('file'): row for row in csv.DictReader(file)}
+    assert sorted(rows) == sorted([*good, 'x/broken.jpg'])
+    scores = torch.arange(5.).softmax(0).flip(0)
+    for name in good:
+        row = rows[name]
+        assert list(row) == ['class_1', 'score_1', 'class_2', 'score_2', 'figure', 'error']
+        assert (row['class_1'], row['class_2'], row['error']) == ('class 4', 'class 3', '')
+        assert [float(row[f'score_{i}']) for i in (1, 2)] == pytest.approx(scores[:2].tolist())
+        assert Image.open(row['figure']).width > 500
+    assert 'x/broken.jpg cannot be read' in rows['x/broken.jpg']['error']
+    assert not rows['x/broken.jpg']['class_1']
+
+
+def test_patterns_and_json(capsys):
+    """Shell patterns, also over folders; each file once; no figures."""
+    config, checkpoint = save_classifier()
+    predict([IMAGES[1], 'data/val/*/*.jpg', 'data/val/a', '--model', config, '--checkpoint',
+             checkpoint, '--out', 'out/a.json', '--no-figures'])
+    rows = json.loads(Path('out/a.json').read_text())
+    assert [row['file'] for row in rows] == [IMAGES[1], *sorted(
+        str(path) for path in Path('data/val').rglob('*.jpg') if str(path) != IMAGES[1])]
+    assert all(len(row['classes']) == 5 and sum(row['scores']) == pytest.approx(1)
+               and 'figure' not in row for row in rows)
+    assert not Path('predictions').exists() and IMAGES[1] not in capsys.readouterr().out
+
+
+def test_segmentation_table():
+    pytest.importorskip('mmseg')
+    config, checkpoint = save_segmentor()
+    shutil.copy('data/images/0.jpg', 'data/images/a b.jpg')
+    Path('data/images/broken.png').write_bytes(b'no image')
+    for name in ('a.csv', 'a.json'):
+        code, out = run_script('predict.py', 'data/images', '--model', config, '--checkpoint',
+                               checkpoint, '--out', name, cwd='.')
+        assert code == 1 and 'error: 1 of 4 images cannot be read: data/images/broken.png' in out
+        for junk in ('OneDL', 'MultiScaleDeformable', 'Cityscapes', 'Failed to'):
+            assert junk not in out, junk
+    with open('a.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert (rows[1]['file'], rows[1]['share_corner']) == ('data/images/1.jpg', '1.0')
+    rows = json.loads(Path('a.json').read_text())
+    assert rows[2]['shares'] == dict(background=0., corner=1.) and 'error' in rows[3]
+    with Image.open(rows[2]['mask']) as label_map:
+        assert label_map.size == (32, 28) and set(label_map.getdata()) == {1}
+
+
+def test_progress_is_shown_on_a_terminal_only():
+    config, checkpoint = save_classifier()
+    command = [sys.executable, find_script('predict.py'), 'data/val', '--model', config,
+               '--checkpoint', checkpoint, '--no-figures', '--batch-size', '3']
+    env = dict(os.environ, PYTHONPATH=str(REPO), CUDA_VISIBLE_DEVICES='', TERM='xterm')
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen(command, env=env, stdout=terminal, stderr=subprocess.PIPE)
+    shown = b''
+    while b'8 of 8 images predicted' not in shown:
+        shown += os.read(screen, 2 ** 16)
+    assert process.wait() == 0 and b'Predicting' in shown and b'100%' in shown
+    piped = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert 'Predicting' not in piped.stdout + piped.stderr and '8 of 8 images' in piped.stdout
+
+
 def test_refusals(capsys):
     config, checkpoint = save_classifier()
 
@@ -81,6 +176,15 @@ def test_refusals(capsys):
     assert 'Failed to find model "nepa_vit-x"' in refuse(IMAGES[0], '--model', 'nepa_vit-x')
     assert 'has no test_dataloader' in refuse(IMAGES[0], '--model', 'nepa_vit-b', '--checkpoint',
                                               checkpoint)
+    known = ('--model', config, '--checkpoint', checkpoint)
+    assert 'no image that matches no/*.jpg' in refuse('no/*.jpg', *known)
+    Path('empty').mkdir()
+    assert 'empty holds no image' in refuse('empty', *known)
+    assert 'must end in .csv or .json, got a.txt' in refuse(IMAGES[0], *known, '--out', 'a.txt')
+    Path('a.csv').touch()
+    assert '--out a.csv exists already' in refuse(IMAGES[0], *known, '--out', 'a.csv')
+    assert '--topk and --batch-size must be positive' in refuse(IMAGES[0], *known, '--topk', '0')
+    assert not Path('predictions').exists()
     cfg = Config.fromfile(config)
     cfg.model.backbone.arch.num_layers += 1
     cfg.dump('deeper.py')

@@ -2,6 +2,22 @@
 
     python tools/launch.py GPUS SCRIPT [arguments of the script]
 """
+import argparse
+
+from nepa_mm_cli import tool_parser
+
+
+def parse_args(argv=None):
+    parser = tool_parser(__doc__)
+    parser.add_argument('gpus', type=int, metavar='GPUS', help='processes on this machine')
+    parser.add_argument('command', nargs=argparse.REMAINDER, metavar='SCRIPT',
+                        help='tools/train.py or tools/test.py, and its arguments')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
 import logging
 import os
 import signal
@@ -72,4 +88,5 @@ def main(gpus, *command):
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    args = parse_args()
+    main(args.gpus, *args.command)

@@ -6,25 +6,19 @@
 Tests one set of weights: the EMA weights if the checkpoint has them, else the raw ones. Metrics,
 saved predictions and images all use that set. --weights raw selects the raw weights.
 """
-from copy import deepcopy
-from pathlib import Path
-
-import mmengine
-from mmengine.evaluator import DumpResults
-from mmengine.hooks import EMAHook
-
-from nepa_mm import apis  # registers the `mmseg::` and `nepa_mm::` config scopes
-from nepa_mm.apis.run_check import RunCheckHook
-from nepa_mm.checkpoints.io import locate
-from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
-from nepa_mm.utils.outputs import require_new_path
-from nepa_mm.visualization.predictions import SeenImageHook, segmentation_hook
+from nepa_mm_cli import (
+    CHECKPOINT_HELP,
+    add_cfg_options,
+    add_weights_argument,
+    parse_with_launcher,
+    tool_parser,
+)
 
 
 def parse_args(argv=None):
-    parser = apis.tool_parser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help=apis.CHECKPOINT_HELP)
+    parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
     add_weights_argument(parser)
     parser.add_argument(
         '--work-dir', help='where logs and metrics go (default: work_dirs/<config name>)')
@@ -39,8 +33,26 @@ def parse_args(argv=None):
     parser.add_argument(
         '--tta', action='store_true', help='test-time augmentation: tta_pipeline and tta_model of '
         'the config; without them, flipping for classification')
-    apis.add_cfg_options(parser)
-    return apis.parse_with_launcher(parser, argv)
+    add_cfg_options(parser)
+    return parse_with_launcher(parser, argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
+from copy import deepcopy
+from pathlib import Path
+
+import mmengine
+from mmengine.evaluator import DumpResults
+from mmengine.hooks import EMAHook
+
+from nepa_mm import apis  # registers the `mmseg::` and `nepa_mm::` config scopes
+from nepa_mm.apis.run_check import RunCheckHook
+from nepa_mm.checkpoints.io import locate
+from nepa_mm.checkpoints.loading import load_strict
+from nepa_mm.utils.outputs import require_new_path
+from nepa_mm.visualization.predictions import SeenImageHook, segmentation_hook
 
 
 def unread_keys(args):

@@ -3,13 +3,11 @@
     python tools/train.py CONFIG [--work-dir DIR] [--cfg-options key=value ...]
     tools/dist_train.sh CONFIG GPUS [the same flags]
 """
-from nepa_mm import apis  # registers the `mmseg::` and `nepa_mm::` config scopes
-
-TTA = ('tta_model', 'tta_pipeline')
+from nepa_mm_cli import add_cfg_options, parse_with_launcher, tool_parser
 
 
 def parse_args(argv=None):
-    parser = apis.tool_parser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--work-dir', help='where logs and checkpoints go (default: work_dirs/<config name>)')
@@ -28,9 +26,17 @@ def parse_args(argv=None):
     parser.add_argument(
         '--auto-scale-lr', action='store_true',
         help='lr x (processes x batch_size x accumulative_counts) / auto_scale_lr.base_batch_size')
-    apis.add_cfg_options(parser)
+    add_cfg_options(parser)
     parser.set_defaults(resume=None)
-    return apis.parse_with_launcher(parser, argv)
+    return parse_with_launcher(parser, argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
+from nepa_mm import apis  # registers the `mmseg::` and `nepa_mm::` config scopes
+
+TTA = ('tta_model', 'tta_pipeline')
 
 
 def merge_args(cfg, args):

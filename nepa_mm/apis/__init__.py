@@ -1,17 +1,15 @@
 """From a config to a Runner: the code that tools share.
 
-arguments.py parses command lines. config.py and cfg_options.py read and complete a config.
+config.py and cfg_options.py read and complete a config.
 channels.py, run_check.py and the *_checks.py files reject configs and data that cannot work.
 input_spec.py describes preprocessing in plain values. runner.py builds the Runner.
 """
-from .arguments import CHECKPOINT_HELP, add_cfg_options, parse_with_launcher, tool_parser
 from .channel_checks import check_channels, color_type
-from .config import check_checkpoint, is_segmentation, load_config, resolve_resume
+from .config import check_checkpoint, is_segmentation, load_config, read_config, resolve_resume
 from .data_checks import check_data
 from .runner import build_runner, fill_dataloaders, reuse_freed_memory, start_runner
 from .user_errors import user_errors
 
-__all__ = ['CHECKPOINT_HELP', 'add_cfg_options', 'build_runner', 'check_channels',
-           'check_checkpoint', 'check_data', 'color_type', 'fill_dataloaders', 'is_segmentation',
-           'reuse_freed_memory', 'load_config', 'parse_with_launcher', 'resolve_resume',
-           'start_runner', 'tool_parser', 'user_errors']
+__all__ = ['build_runner', 'check_channels', 'check_checkpoint', 'check_data', 'color_type',
+           'fill_dataloaders', 'is_segmentation', 'load_config', 'read_config', 'resolve_resume',
+           'reuse_freed_memory', 'start_runner', 'user_errors']

@@ -1,16 +1,29 @@
 """Load a config, and choose between resuming and starting from weights."""
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from mmengine.config import Config
 
 from nepa_mm.apis.cfg_options import merge_options
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
+from nepa_mm.compat.quiet import quiet_imports
 from nepa_mm.utils.nested import iter_dicts
 from nepa_mm.utils.outputs import free_path
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def read_config(path: str | os.PathLike) -> Config:
+    """Read a config file, and import mmseg for one that needs it, without messages of imports."""
+    with quiet_imports():
+        cfg = Config.fromfile(path)
+        if is_segmentation(cfg):
+            with suppress(ImportError):     # reported where it is used
+                import_module('mmseg.datasets')
+    return cfg
 
 
 def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
@@ -34,7 +47,7 @@ def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
         FileNotFoundError: The file, or one of its bases, does not exist.
         ValueError: An option has no effect.
     """
-    cfg = Config.fromfile(path)
+    cfg = read_config(path)
     flags = dict(launcher='use the flag --launcher')
     if work_dir:
         flags['work_dir'] = f'--work-dir {work_dir} is given as well'

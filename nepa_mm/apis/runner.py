@@ -23,8 +23,10 @@ from torch.utils.data import Dataset
 from nepa_mm.apis.channel_checks import type_name
 from nepa_mm.apis.config import LOADERS, check_complete, is_segmentation, keep_config_file
 from nepa_mm.apis.run_check import RunCheckHook
+from nepa_mm.apis.run_summary import TimeEstimateHook, log_summary
 from nepa_mm.apis.schedule_checks import check_batches, check_length
 from nepa_mm.apis.user_errors import RunStart, naming_config_part
+from nepa_mm.compat.screen import filtered_runner_logs
 from nepa_mm.datasets.images import IMAGE_SUFFIXES
 from nepa_mm.datasets.pipelines import use_one_reader
 from nepa_mm.utils.errors import UnreadableImageError
@@ -57,9 +59,12 @@ def build_runner(cfg: Config) -> Runner:
     world_size = _read_launcher(cfg.launcher)
     notes = scale_lr(cfg, world_size)
     fill_dataloaders(cfg)
+    if cfg.get('visualizer'):       # vis_backends alone are enough
+        cfg.visualizer.setdefault('type', 'Visualizer')
     if cfg.launcher != 'none' and get_device() == 'cpu':
         notes += _prepare_cpu_group(cfg)
-    runner: Runner = RUNNERS.build(cfg)
+    with filtered_runner_logs():
+        runner: Runner = RUNNERS.build(cfg)
     for note in notes:
         runner.logger.info(note)
     if not any(isinstance(hook, RunCheckHook) for hook in runner.hooks):
@@ -96,6 +101,7 @@ def start_runner(cfg: Config, start: RunStart, stage: str) -> Runner:
         with naming_config_part('test_dataloader'):
             check_first_sample(runner, 'test_dataloader', runner.test_loop.dataloader.dataset,
                                runner.test_loop.evaluator.metrics)
+        log_summary(runner, stage)
         return runner
     # before the loop: an iteration-based loop starts the workers when it is built
     with naming_config_part('train_dataloader'):
@@ -116,6 +122,8 @@ def start_runner(cfg: Config, start: RunStart, stage: str) -> Runner:
         if runner.val_loop is not None:
             check_first_sample(runner, 'val_dataloader', runner.val_dataloader.dataset,
                                runner.val_loop.evaluator.metrics)
+    log_summary(runner, stage)
+    runner.register_hook(TimeEstimateHook())
     return runner
 
 

@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 
+from nepa_mm.compat.screen import filter_screen
 from nepa_mm.utils.errors import DataError
 from nepa_mm.utils.signals import STATUS, exit_on_sigterm, restore
 
@@ -91,6 +92,7 @@ def user_errors() -> Iterator[RunStart]:
     Yields:
         RunStart: To be registered as a hook of the Runner.
     """
+    filter_screen(MMLogger.get_current_instance())
     logging.raiseExceptions = False     # logging resumes once a full disk has space again
     # a collective call blocks Python's signal handlers
     alone = int(os.environ.get('WORLD_SIZE', 1)) == 1

@@ -1,6 +1,5 @@
 """Load checkpoint weights into a network: choose the set, check the fit, log what is new."""
 import logging
-from argparse import ArgumentParser
 from inspect import signature
 from typing import Any
 
@@ -55,14 +54,6 @@ def weights_kind(checkpoint: dict, weights: str | None = None) -> str:
         return weights
     recorded = checkpoint.get('meta', {}).get('weights', {})
     return recorded.get('state_dict', 'ema' if 'ema_state_dict' in checkpoint else 'raw')
-
-
-def add_weights_argument(parser: ArgumentParser) -> None:
-    """Add the flag ``--weights``, which all tools share."""
-    parser.add_argument(
-        '--weights', choices=[name for name in WEIGHTS if name],
-        help='EMA or raw weights; default: EMA if the file has them (of a published folder '
-        'model.safetensors, which transformers reads, too)')
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

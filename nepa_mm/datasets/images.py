@@ -1,5 +1,8 @@
 """Reading image files: complete pixels, or an error of one sentence that names the file."""
+import glob
 import io
+import os
+from collections.abc import Iterable
 
 import mmcv
 import numpy as np
@@ -14,6 +17,43 @@ COLOR_TYPES = dict(color='RGB', grayscale='L', unchanged=None)     # OpenMMLab's
 # common image formats that Pillow reads
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.tif', '.tiff', '.bmp',
                   '.gif', '.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.avif', '.tga')
+
+
+def find_images(folder: str | os.PathLike) -> list[str]:
+    """Return the sorted paths of all image files in a folder and its subfolders.
+
+    Links are followed. Files whose name begins with a dot are left out.
+
+    Raises:
+        FileNotFoundError: The folder holds no image.
+    """
+    found = sorted(os.path.join(where, file)
+                   for where, _, files in os.walk(folder, followlinks=True) for file in files
+                   if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith('.'))
+    if not found:
+        raise FileNotFoundError(f'{folder} holds no image.')
+    return found
+
+
+def expand_images(paths: Iterable[str]) -> list[str]:
+    """Return the image files that files, folders and patterns name, each once and in that order.
+
+    Args:
+        paths (list[str]): A folder stands for all images below it, see :func:`find_images`. A path
+            that does not exist may be a pattern with ``*``, ``?``, ``[...]`` or ``**``.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or names no image.
+    """
+    files = []
+    for path in paths:
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        if not matches:
+            kind = 'image that matches' if glob.has_magic(path) else 'image'
+            raise FileNotFoundError(f'There is no {kind} {path}.')
+        for match in matches:
+            files += find_images(match) if os.path.isdir(match) else [match]
+    return list(dict.fromkeys(files))
 
 
 def read_bytes(path: str) -> bytes:

@@ -8,15 +8,38 @@ test_dataloader are classified. The result names the feature, because figures fo
 The config sets the attention: for a pretraining checkpoint use a causal config such as
 configs/classification/nepa_vit-b_linear_in1k.py.
 """
+from nepa_mm_cli import add_cfg_options, add_weights_argument, tool_parser
+
+
+def parse_args(argv=None):
+    parser = tool_parser(__doc__)
+    parser.add_argument('config', help='config with train_dataloader and test_dataloader')
+    parser.add_argument('checkpoint', help='pretraining or fine-tuned checkpoint')
+    parser.add_argument('--feature', choices=['avg_featmap', 'last_token', 'cls_token'],
+                        default='avg_featmap',
+                        help='mean of the patches (default), last patch or class token')
+    parser.add_argument('--block', type=int, default=-1,
+                        help='block whose output is read, from 0 or from the end (default: -1, '
+                        'the last, after the final norm)')
+    parser.add_argument('-k', type=int, default=20, help='neighbours (default: 20)')
+    parser.add_argument('--temperature', type=float, default=0.07, help='(default: 0.07)')
+    add_weights_argument(parser)
+    add_cfg_options(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from nepa_mm import apis
-from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
+from nepa_mm.checkpoints.loading import load_strict
 from nepa_mm.datasets.classes import align_datasets, skipped_images
 from nepa_mm.datasets.pipelines import use_one_reader
-from nepa_mm.evaluation.frozen_features import FEATURES, knn_accuracy
+from nepa_mm.evaluation.frozen_features import knn_accuracy
 
 READS = ('model', 'train_dataloader', 'test_dataloader', 'default_scope', 'custom_imports')
 UNREAD = {
@@ -25,22 +48,6 @@ UNREAD = {
     'train_dataloader.sampler': 'images are read once, in order',
     **{f'train_dataloader.{key}': f'set test_dataloader.{key}, which is used for both'
        for key in ('dataset.pipeline', 'batch_size')}}
-
-
-def parse_args(argv=None):
-    parser = apis.tool_parser(__doc__)
-    parser.add_argument('config', help='config with train_dataloader and test_dataloader')
-    parser.add_argument('checkpoint', help='pretraining or fine-tuned checkpoint')
-    parser.add_argument('--feature', choices=FEATURES, default='avg_featmap',
-                        help='mean of the patches (default), last patch or class token')
-    parser.add_argument('--block', type=int, default=-1,
-                        help='block whose output is read, from 0 or from the end (default: -1, '
-                        'the last, after the final norm)')
-    parser.add_argument('-k', type=int, default=20, help='neighbours (default: 20)')
-    parser.add_argument('--temperature', type=float, default=0.07, help='(default: 0.07)')
-    add_weights_argument(parser)
-    apis.add_cfg_options(parser)
-    return parser.parse_args(argv)
 
 
 def main(argv=None):

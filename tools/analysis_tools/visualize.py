@@ -8,35 +8,15 @@ and segmentors do not predict. Files are read as in the config. With more than t
 first three are shown as red, green and blue; one channel is shown as grey. Values other than 8-bit
 are stretched from the smallest to the largest.
 """
-import math
-from pathlib import Path
+from nepa_mm_cli import CHECKPOINT_HELP, add_cfg_options, add_weights_argument, tool_parser
 
-import matplotlib
-import numpy as np
-import torch
-from mmengine.device import get_device
-from mmengine.registry import MODELS, init_default_scope
-from PIL import Image, ImageOps
-
-from nepa_mm import apis
-from nepa_mm.apis.channel_checks import preprocessor_settings, type_name
-from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
-from nepa_mm.datasets.images import read_image, to_display_rgb
-from nepa_mm.models.vit import NEPAViT
-from nepa_mm.utils.nested import iter_dicts
-from nepa_mm.utils.outputs import page_names
-from nepa_mm.visualization.image_maps import inspect_image
-from nepa_mm.visualization.pages import draw_page, draw_sheet
-
-READS = ('model', 'data_preprocessor', 'train_dataloader', 'default_scope', 'custom_imports')
-UNREAD = {'model.backbone.init_cfg': 'CHECKPOINT names the weights'}
 SHEET = 16      # images on one contact sheet
 
 
 def parse_args(argv=None):
-    parser = apis.tool_parser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument('config', help='config of pretraining, a classifier or a segmentor')
-    parser.add_argument('checkpoint', help=apis.CHECKPOINT_HELP)
+    parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
     parser.add_argument('--query', nargs=2, type=int, metavar=('ROW', 'COL'),
                         help='query patch, from 0 (default: a random one in each image)')
@@ -59,8 +39,35 @@ def parse_args(argv=None):
                         'visualization)')
     add_weights_argument(parser)
     parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
-    apis.add_cfg_options(parser)
+    add_cfg_options(parser)
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from mmengine.device import get_device
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image, ImageOps
+
+from nepa_mm import apis
+from nepa_mm.apis.channel_checks import preprocessor_settings, type_name
+from nepa_mm.checkpoints.loading import load_strict
+from nepa_mm.datasets.images import read_image, to_display_rgb
+from nepa_mm.models.vit import NEPAViT
+from nepa_mm.utils.nested import iter_dicts
+from nepa_mm.utils.outputs import page_names
+from nepa_mm.visualization.image_maps import inspect_image
+from nepa_mm.visualization.pages import draw_page, draw_sheet
+
+READS = ('model', 'data_preprocessor', 'train_dataloader', 'default_scope', 'custom_imports')
+UNREAD = {'model.backbone.init_cfg': 'CHECKPOINT names the weights'}
 
 
 def build_backbone(cfg, args):

@@ -14,16 +14,11 @@ import os
 from functools import partial
 from pathlib import Path
 
-from mmengine.utils import ProgressBar
-
-from nepa_mm import apis
-from nepa_mm.datasets.images import IMAGE_SUFFIXES
-from nepa_mm.datasets.resize import resize_image
-from nepa_mm.utils.outputs import claim_folder
+from nepa_mm_cli import tool_parser
 
 
 def parse_args(argv=None):
-    parser = apis.tool_parser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument('source', type=Path, help='folder with images, nested or not')
     parser.add_argument('target', type=Path, help='where resized images go')
     parser.add_argument('--short-side', type=int, default=256, help='in pixels (default: 256)')
@@ -31,6 +26,17 @@ def parse_args(argv=None):
                         '(default: 95)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
+from mmengine.utils import ProgressBar
+
+from nepa_mm import apis
+from nepa_mm.datasets.images import find_images
+from nepa_mm.datasets.resize import resize_image
+from nepa_mm.utils.outputs import claim_folder
 
 
 def check(args):
@@ -52,16 +58,6 @@ def check(args):
     note.write_text(settings)
 
 
-def find_images(source):
-    """Return the sorted paths of all images, relative to ``source``."""
-    images = [Path(folder, file).relative_to(source)
-              for folder, _, files in os.walk(source, followlinks=True)
-              for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-    if not images:
-        raise FileNotFoundError(f'{source} holds no image.')
-    return sorted(images)
-
-
 def resize_one(path, args):
     """Resize one image; return path and error if it cannot be read, else None."""
     try:
@@ -75,7 +71,7 @@ def main(argv=None):
     args = parse_args(argv)
     with apis.user_errors():
         check(args)
-        images = find_images(args.source)
+        images = [Path(image).relative_to(args.source) for image in find_images(args.source)]
     todo = [path for path in images if not (args.target / path).exists()]
     print(f'{len(images)} images, {len(images) - len(todo)} of them already resized')
     unreadable = []

@@ -10,49 +10,11 @@ hf://owner/name[@revision]. A config file for tools/test.py is written beside DS
 --to hf, network, input and class names come from --config or from the checkpoint; DST_FOLDER also
 gets a preprocessor_config.json.
 """
-import copy
-import json
-import re
-from pathlib import Path
-
-from mmengine.config import Config
-from mmengine.utils import to_2tuple
-from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
-
-from nepa_mm import apis
-from nepa_mm.apis.input_spec import (
-    class_names,
-    input_of,
-    pipeline_of,
-    preprocessor_config,
-    published_input,
-    size_of,
-)
-from nepa_mm.checkpoints.hub import download
-from nepa_mm.checkpoints.huggingface import (
-    DROPPED,
-    check_and_complete,
-    fold_layer_scale,
-    match_names,
-    to_published,
-)
-from nepa_mm.checkpoints.huggingface_config import (
-    DEFAULTS,
-    complete_config,
-    model_cfg,
-    published_config,
-)
-from nepa_mm.checkpoints.io import read_checkpoint, save_weights
-from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, weights_kind
-from nepa_mm.checkpoints.recorded_config import recorded_config
-from nepa_mm.utils.files import atomic_write
-
-BASES = dict(NEPA='pretrain/nepa_vit-b.py', b='classification/nepa_vit-b_ft_in1k.py',
-             l='classification/nepa_vit-l_ft_in1k.py')
+from nepa_mm_cli import add_weights_argument, tool_parser
 
 
 def parse_args(argv=None):
-    parser = apis.tool_parser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument('src', help='weights to convert')
     parser.add_argument('dst', help='file or folder to write; must not exist')
     parser.add_argument('--to', choices=['mm', 'hf'], default='mm',
@@ -63,6 +25,34 @@ def parse_args(argv=None):
         '--fold-layer-scale', action='store_true',
         help='multiply LayerScale into the projections; outputs do not change')
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
+import json
+import re
+from pathlib import Path
+
+from mmengine.config import Config
+
+from nepa_mm import apis
+from nepa_mm.apis.huggingface_folder import count_classes, write_folder
+from nepa_mm.apis.input_spec import input_of, pipeline_of, published_input
+from nepa_mm.checkpoints.hub import download
+from nepa_mm.checkpoints.huggingface import (
+    DROPPED,
+    check_and_complete,
+    fold_layer_scale,
+    match_names,
+)
+from nepa_mm.checkpoints.huggingface_config import DEFAULTS, complete_config, model_cfg
+from nepa_mm.checkpoints.io import read_checkpoint, save_weights
+from nepa_mm.checkpoints.loading import select_weights, weights_kind
+from nepa_mm.utils.files import atomic_write
+
+BASES = dict(NEPA='pretrain/nepa_vit-b.py', b='classification/nepa_vit-b_ft_in1k.py',
+             l='classification/nepa_vit-l_ft_in1k.py')
 
 
 def read_config(src):
@@ -106,6 +96,7 @@ def config_text(model, config, src, images=None, labels=None):
             to None: the authors' evaluation.
         labels (list[str], optional): Class names. Defaults to None.
     """
+    from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
     classifier = model['type'] == 'ImageClassifier'
     base = BASES['NEPA' if not classifier else 'l' if config['hidden_size'] == 1024 else 'b']
     explicit = images or config['image_size'] != DEFAULTS['image_size']
@@ -127,11 +118,6 @@ def config_text(model, config, src, images=None, labels=None):
     base = f"_base_ = [__import__('nepa_mm') and 'nepa_mm::{base}']"
     text = f'{f"Converted from {src}."!r}\n{base}\n\n{Config(cfg).pretty_text}'
     return text.replace('{{', r'{\x7b')     # mmengine would substitute variables
-
-
-def count_classes(state_dict):
-    """Return the number of classes, None for a network without a classifier."""
-    return len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else None
 
 
 def to_mm(args):
@@ -174,73 +160,12 @@ def to_mm(args):
     print(f'Wrote {dst}, the {which} weights, and {dst.with_suffix(".py")}.')
 
 
-def set_image_size(config, images, backbone):
-    """Set ``image_size`` of a published config to the size of the network's input."""
-    size = size_of(images)
-    if size is None:
-        raise ValueError('The test pipeline yields images of varying size, but a published config '
-                         'has one image_size: set it with a Resize to (width, height) or a '
-                         'CenterCrop.')
-    padded = [side % patch for side, patch in zip(size, to_2tuple(backbone.get('patch_size', 14)))]
-    if backbone.get('remainder') == 'pad' and any(padded):
-        raise ValueError(f'remainder="pad" with images of {size} cannot be expressed in the '
-                         'published format, which drops incomplete patches.')
-    if size != list(to_2tuple(config.get('image_size', DEFAULTS['image_size']))):
-        config['image_size'] = size[0] if size[0] == size[1] else size
-
-
 def to_hf(args):
     """Write a folder in the published format."""
-    folder = Path(args.dst)
-    if folder.exists():
-        raise FileExistsError(f'{folder} exists already; remove it or choose another name.')
-    checkpoint = read_checkpoint(args.src, weights=args.weights)
-    state_dict = select_weights(checkpoint, args.weights, args.src)
-    which, meta = weights_kind(checkpoint, args.weights), checkpoint['meta']
-    cfg = (Config.fromfile(args.config).to_dict() if args.config
-           else recorded_config(meta, args.src))
-    if cfg.get('model') is None:
-        raise ValueError('The checkpoint does not record its config; give it with --config.')
-    model, classes = copy.deepcopy(cfg['model']), count_classes(state_dict)
-    expected = (model.get('head') or {}).get('num_classes')
-    if expected != classes:
-        raise ValueError(f'The config has a head for {expected} classes, {args.src} for '
-                         f'{classes}.')
-    dropped = [key for key in state_dict if key in DROPPED]
-    state_dict = {key: value for key, value in state_dict.items() if key not in DROPPED}
-    if args.fold_layer_scale:
-        state_dict = fold_layer_scale(state_dict)
-        model['backbone']['layer_scale_init_value'] = None
-    config = published_config(model, meta.get('published'))
-    kept, images = {}, input_of(cfg)
-    if images:
-        kept['input'] = images
-        set_image_size(config, images, model['backbone'])
-    elif meta.get('published'):
-        images = published_input(complete_config(config))
-    else:
-        print(f'No input spec is recorded: image_size {config["image_size"]} is the default of the '
-              'format; --config provides the real one.')
-    names = class_names(cfg, meta)
-    if classes and names and len(names) == classes:
-        kept['dataset_meta'] = dict(classes=names)
-        if names != [config.get('id2label', {}).get(str(i)) for i in range(classes)]:
-            config.update(id2label={str(i): name for i, name in enumerate(names)},
-                          label2id={name: i for i, name in enumerate(names)})
-    # may raise, hence before anything is written
-    preprocessing = json.dumps(preprocessor_config(images), indent=2) if images else None
-    new = check_and_complete(state_dict, model_cfg(config, classes))
-    # config.json comes last: readers of weights reject a folder without it
-    save_weights(to_published(state_dict), folder / 'model.safetensors', for_transformers=True,
-                 source=args.src, weights=dict(state_dict=which), **kept)
-    if preprocessing:
-        with atomic_write(folder / 'preprocessor_config.json') as file:
-            file.write_text(preprocessing + '\n')
-    with atomic_write(folder / 'config.json') as file:
-        file.write_text(json.dumps(config, indent=2) + '\n')
-    report(match_names(state_dict, 'hf'), new, dropped, '<-')
-    print(f'Wrote {folder / "model.safetensors"}, the {which} weights, '
-          + 'preprocessor_config.json ' * bool(preprocessing) + 'and config.json.')
+    which, files, mapping = write_folder(args.src, args.dst, args.weights, args.config,
+                                         fold=args.fold_layer_scale)
+    report(*mapping, '<-')
+    print(f'Wrote {", ".join(files)} to {args.dst}: the {which} weights.')
 
 
 def main(argv=None):

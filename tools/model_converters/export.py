@@ -13,30 +13,15 @@ The metadata (metadata_props in ONNX, the extra file `nepa_mm.json` in torch.exp
 `weights` ('ema' or 'raw'), `input_size`, `mean`, `std` and `channel_order`; if known, `classes`
 and, from the test pipeline, `resize`, `crop`, `interpolation` and `backend`.
 """
-import importlib.util
-import json
-from pathlib import Path
+from nepa_mm_cli import CHECKPOINT_HELP, add_weights_argument, tool_parser
 
-import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from torch import nn
-
-from nepa_mm import apis
-from nepa_mm.apis.input_spec import class_names, input_of, pixels_of, size_of
-from nepa_mm.checkpoints.io import read_checkpoint
-from nepa_mm.checkpoints.loading import add_weights_argument, load_strict
-from nepa_mm.utils.files import atomic_write
-from nepa_mm.utils.nested import iter_dicts
-
-TOLERANCE = 1e-4
 SUFFIXES = dict(onnx='.onnx', **{'torch-export': '.pt2'})
 
 
 def parse_args(argv=None):
-    parser = apis.tool_parser(__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help=apis.CHECKPOINT_HELP)
+    parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
     parser.add_argument('--format', choices=list(SUFFIXES), default='onnx',
                         help='(default: onnx)')
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='of the images, in '
@@ -44,6 +29,27 @@ def parse_args(argv=None):
     add_weights_argument(parser)
     parser.add_argument('--out', help='file to write (default: <config name>_<H>x<W>.onnx or .pt2)')
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from nepa_mm import apis
+from nepa_mm.apis.input_spec import class_names, input_of, pixels_of, size_of
+from nepa_mm.checkpoints.io import read_checkpoint
+from nepa_mm.checkpoints.loading import load_strict
+from nepa_mm.utils.files import atomic_write
+from nepa_mm.utils.nested import iter_dicts
+
+TOLERANCE = 1e-4
 
 
 class ConstantRotaryEmbedding(nn.Module):
@@ -127,7 +133,7 @@ def export(args):
         if missing:
             raise ValueError(f'ONNX export needs {", ".join(missing)}; '
                              f'run: pip install {" ".join(missing)}')
-    cfg = Config.fromfile(args.config)
+    cfg = apis.read_config(args.config)
     apis.check_checkpoint(args.checkpoint, 'CHECKPOINT')
     (height, width), meta = describe(cfg, args)
     out = args.out or f'{Path(args.config).stem}_{height}x{width}{SUFFIXES[args.format]}'

@@ -1,4 +1,9 @@
-"""Command-line arguments that several tools share."""
+"""Command-line arguments that several tools share.
+
+This module stands beside the package and imports the standard library only. A tool reads its
+command line with it before the slow imports of the package, so that ``--help`` and a wrong flag are
+answered at once.
+"""
 import argparse
 import ast
 import os
@@ -8,6 +13,7 @@ from typing import Any
 
 CHECKPOINT_HELP = ('.pth or .safetensors file, folder with published weights, or '
                    'hf://owner/name[@revision]')
+WEIGHTS = ('ema', 'raw')
 CFG_OPTIONS_HELP = (
     'override settings of the config, e.g. train_dataloader.batch_size=64 or '
     'custom_hooks.0.momentum=0.01. A VALUE is a Python literal ("[1, 2]", "(0.9, 0.95)", '
@@ -33,6 +39,14 @@ def parse_with_launcher(parser: argparse.ArgumentParser,
     args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag ``--weights``."""
+    parser.add_argument(
+        '--weights', choices=WEIGHTS,
+        help='EMA or raw weights; default: EMA if the file has them (of a published folder '
+        'model.safetensors, which transformers reads, too)')
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:

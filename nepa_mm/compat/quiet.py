@@ -1,0 +1,40 @@
+"""Hold back what OpenMMLab's packages print when they are imported although nothing is wrong."""
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from unittest.mock import patch
+
+import mmengine.logging
+from mmengine.logging import MMLogger
+
+HARMLESS = (
+    'Fail to import ``MultiScaleDeformableAttention``',     # mmcv-lite; NEPA needs no operators
+    'Default ``avg_non_ignore`` is False',                  # as in mmseg's recipes
+    'The draw is False, it means that the hook for visualization')
+
+
+def ignore_harmless_warnings() -> None:
+    """Ignore three warnings of mmcv and mmseg of which a user can change nothing."""
+    for message in HARMLESS:
+        warnings.filterwarnings('ignore', message)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """In this context, mmengine's ``print_log`` prints nothing at level DEBUG.
+
+    mmpretrain and mmseg log a missing optional package at this level when they are imported.
+    Without a logger, ``print_log`` prints at any level. Errors and other messages are shown.
+    """
+    print_log = mmengine.logging.print_log
+
+    @wraps(print_log)
+    def at_level(msg: object, logger: MMLogger | str | None = None,
+                 level: int = logging.INFO) -> None:
+        if logger is not None or level > logging.DEBUG:
+            print_log(msg, logger, level)
+
+    with patch.object(mmengine.logging, 'print_log', at_level):
+        yield
