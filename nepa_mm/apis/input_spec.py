@@ -42,18 +42,36 @@ def input_of(cfg: Mapping) -> dict | None:
 
 
 def _input_of(cfg):
-    for name in ('test_dataloader', 'train_dataloader'):
-        dataset = (cfg.get(name) or {}).get('dataset') or {}
-        while dataset.get('pipeline') is None and dataset.get('dataset'):     # a wrapper
-            dataset = dataset['dataset']
-        if dataset.get('pipeline'):
-            break
-    else:
+    test, train = (_pipeline_of(cfg, name) for name in ('test_dataloader', 'train_dataloader'))
+    if not (test or train):
         return None
-    read = _read_test_pipeline if name == 'test_dataloader' else _read_crops
     found = dict(resize=None, crop=None, interpolation='bilinear', backend='cv2')
-    found.update(read(dataset['pipeline']))
+    found.update(_read_test_pipeline(test) if test else _read_crops(train))
     return found | pixels_of(cfg)
+
+
+def test_pipeline_of(cfg: Mapping) -> list[dict] | None:
+    """Return the test pipeline of a config, None if it has none.
+
+    Raises:
+        ValueError: It is not a list of steps.
+    """
+    try:
+        pipeline = _pipeline_of(cfg, 'test_dataloader')
+        good = pipeline is None or all(isinstance(step['type'], str) for step in pipeline)
+    except (AttributeError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError('The test pipeline of the config is not a list of steps.')
+    return pipeline
+
+
+def _pipeline_of(cfg, name):
+    """The pipeline of a dataloader, or None."""
+    dataset = (cfg.get(name) or {}).get('dataset') or {}
+    while dataset.get('pipeline') is None and dataset.get('dataset'):     # a wrapper
+        dataset = dataset['dataset']
+    return dataset.get('pipeline') or None
 
 
 def pixels_of(cfg: Mapping) -> dict:

@@ -96,13 +96,34 @@ def decode_image(content: bytes, path: str, color_type: str = 'color',
         if content.startswith(b'\x93NUMPY'):
             pixels = _load_npy(content)
         else:
-            image = open_image(content, path)
-            pixels = _pixels(image, path, color_type)
-            if isinstance(pixels, Image.Image):
-                return _to_array(pixels.convert(COLOR_TYPES[color_type]))
+            return pixels_of(open_image(content, path), color_type, channels, path)
     except DataError:
         raise
     except Exception as error:
+        raise _unreadable(path, error) from error
+    return convert_pixels(pixels, path, color_type, channels)
+
+
+def pixels_of(image: Image.Image, color_type: str = 'color', channels: int | None = None,
+              path: str | None = None) -> np.ndarray:
+    """Upright pixels of an open Pillow image, as :func:`decode_image` gives them for its file.
+
+    Args:
+        image (Image): Opened from a file, or made in memory. It is not changed.
+        color_type (str), channels (int, optional): See :func:`decode_image`.
+        path (str, optional): Path for error messages. Defaults to None: the image's file name.
+
+    Raises:
+        UnreadableImageError, DataError: See :func:`decode_image`.
+    """
+    path = path or getattr(image, 'filename', None) or f'of mode {image.mode}'
+    try:
+        pixels = _pixels(image, path, color_type)
+        if isinstance(pixels, Image.Image):
+            return _to_array(pixels.convert(COLOR_TYPES[color_type]))
+    except DataError:
+        raise
+    except Exception as error:      # decoding is lazy, and every plugin raises its own
         raise _unreadable(path, error) from error
     return convert_pixels(pixels, path, color_type, channels)
 

@@ -28,7 +28,6 @@ from nepa_mm.apis.input_spec import (
     published_input,
     size_of,
 )
-from nepa_mm.checkpoints.hub import download
 from nepa_mm.checkpoints.huggingface import (
     DROPPED,
     check_and_complete,
@@ -39,8 +38,10 @@ from nepa_mm.checkpoints.huggingface import (
 from nepa_mm.checkpoints.huggingface_config import (
     DEFAULTS,
     complete_config,
+    count_classes,
     model_cfg,
     published_config,
+    read_config,
 )
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
 from nepa_mm.checkpoints.loading import add_weights_argument, select_weights, weights_kind
@@ -63,21 +64,6 @@ def parse_args(argv=None):
         '--fold-layer-scale', action='store_true',
         help='multiply LayerScale into the projections; outputs do not change')
     return parser.parse_args(argv)
-
-
-def read_config(src):
-    """Read the ``config.json`` beside published weights."""
-    if src.startswith('hf://'):
-        file = Path(download(src, ['config.json']))
-    else:
-        file = Path(src) / 'config.json' if Path(src).is_dir() else Path(src).parent / 'config.json'
-    if not file.is_file():
-        raise FileNotFoundError(f'There is no {file}: published weights need their config.json '
-                                'beside them.')
-    try:
-        return json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{file} is not valid JSON: {error}') from error
 
 
 def report(pairs, new, dropped, arrow):
@@ -127,11 +113,6 @@ def config_text(model, config, src, images=None, labels=None):
     base = f"_base_ = [__import__('nepa_mm') and 'nepa_mm::{base}']"
     text = f'{f"Converted from {src}."!r}\n{base}\n\n{Config(cfg).pretty_text}'
     return text.replace('{{', r'{\x7b')     # mmengine would substitute variables
-
-
-def count_classes(state_dict):
-    """Return the number of classes, None for a network without a classifier."""
-    return len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else None
 
 
 def to_mm(args):
