@@ -165,15 +165,16 @@ def test_tool_on_files(model, capsys):
             (['mixed/deep/cut.jpg', '--out', 'g.npz'], 'None of the 1 images'),
             (['mixed', '--out', 'g.npy'], r'must end in \.npz'),
             (['mixed', '--out', 'g.npz', '--block', '7'], 'got 7'),
-            (['mixed', '--out', 'g.npz', '--batch-size', '0'], 'batch_size .* got 0'),
+            (['mixed', '--out', 'g.npz', '--batch-size', '0'], '--batch-size must .* got 0'),
             (['mixed/deep/er/..', '--out', 'g.npz', '--weights', 'ema'], 'without EMA weights')):
         with refused(message):
             extract([*argv, *args])
     Path('empty').mkdir()
     with refused('no image in empty'):
         extract(['empty', *args, '--out', 'g.npz'])
-    with refused('--checkpoint'):
+    with pytest.raises(SystemExit) as end:
         extract(['mixed', '--out', 'g.npz'])
+    assert end.value.code == 2 and 'required: --checkpoint' in capsys.readouterr().err
     assert not list(Path().glob('*g.npz*'))
 
 

@@ -12,7 +12,9 @@ from mmengine.runner import Runner
 from PIL import Image
 
 import nepa_mm
-from nepa_mm import apis
+from nepa_mm.apis.load import CONFIGS
+from nepa_mm.apis.recorded_network import check_types
+from nepa_mm.checkpoints.huggingface import to_published
 from nepa_mm.checkpoints.huggingface_config import DEFAULTS
 from nepa_mm.checkpoints.io import save_weights
 from nepa_mm.datasets.images import decode_image, pixels_of
@@ -169,7 +171,6 @@ def test_published(monkeypatch):
 def test_authors_format():
     """A folder without our entries: the authors' evaluation."""
     config = DEFAULTS | SMALL | dict(qk_norm=True, image_size=56, num_channels=3)
-    from nepa_mm.checkpoints.huggingface import to_published
     ours = build(config, None)
     write_published(Path('authors'), config, to_published(ours.state_dict()))
     model = nepa_mm.load('authors')
@@ -192,13 +193,22 @@ def test_names():
     save_weights(fresh.state_dict(), 'x.safetensors')
     for name in ('nepa_vit-s_imagenette', 'nepa_vit-s_imagenette.py',
                  'pretrain/nepa_vit-s_imagenette',
-                 str(apis.load.CONFIGS / 'pretrain/nepa_vit-s_imagenette.py')):
+                 str(CONFIGS / 'pretrain/nepa_vit-s_imagenette.py')):
         model = nepa_mm.load(name, 'x.safetensors')
         assert torch.equal(model.backbone.cls_token, fresh.backbone.cls_token)
     before = torch.random.get_rng_state()
     with pytest.warns(UserWarning, match='digits_finetune has no weights'):
         nepa_mm.load('digits_finetune')
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_test_time_augmentation():
+    """The network inside; several views of an image are no tensor."""
+    name = 'nepa_vit-b_upernet_160k_ade20k-512x512_ms-flip'
+    with pytest.warns(UserWarning, match='no weights'), \
+            pytest.warns(UserWarning, match='TestTimeAug'):
+        model = nepa_mm.load(name)
+    assert type(model).__name__ == 'NEPASegmentor' and model.transform is None
 
 
 def record(**changes):
@@ -219,6 +229,9 @@ def record(**changes):
     {'model.backbone.act_cfg': dict(type='antigravity')},
     {'model.backbone.type': 'BLIP2VQA'},
     {'model.data_preprocessor.type': 'mmengine.fileio.get'},
+    {'model.head.loss': dict(type='CrossEntropyLoss', class_weight='owned.pkl')},
+    {'model.head.type': 'VQAGenerationHead'}, {'model.type': 'HuggingFaceClassifier'},
+    {'model.backbone._scope_': 'antigravity'},
     {'test_dataloader.dataset.pipeline': [dict(type='subprocess.run', args=['touch', 'owned'])]}])
 def test_a_record_builds_known_classes_only(changes, recwarn):
     path = record(**changes)
@@ -233,6 +246,18 @@ def test_a_record_builds_known_classes_only(changes, recwarn):
             nepa_mm.load(path)
         assert '\n' not in str(error.value)
     assert not Path('owned').exists()
+
+
+def test_records_of_all_configs_are_built():
+    """What the recipes of this package record is among the known classes."""
+    for file in CONFIGS.rglob('*.py'):
+        if '_base_' not in file.parts:
+            cfg = Config.fromfile(file).to_dict()
+            if 'module' in cfg['model']:        # for tests only; trains nothing
+                assert cfg['model']['type'] == 'SegTTAModel'
+                continue
+            check_types(cfg['model'], file.name, cfg.get('default_scope'))
+            check_types(cfg.get('data_preprocessor'), file.name)
 
 
 @pytest.mark.parametrize('changes', [

@@ -105,6 +105,9 @@ def build_transform(cfg: Mapping, preprocessor: BaseDataPreprocessor,
     else:
         check_channels(cfg, 'test_dataloader')
     steps = [step for step in pipeline if type_name(step) not in NOT_PIXELS]
+    if 'TestTimeAug' in map(type_name, steps):
+        raise ValueError('Its test pipeline has a step TestTimeAug, which makes several images of '
+                         'one.')
     unknown = [step['type'] for step in steps if not trusted and (
         step['type'] not in RECORDED_STEPS or step.get('_scope_', 'nepa_mm') != 'nepa_mm')]
     if unknown:

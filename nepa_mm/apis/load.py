@@ -82,6 +82,8 @@ def load(name: str | os.PathLike, checkpoint: str | os.PathLike | None = None, *
         cfg = Config.fromfile(find_config(name)).to_dict()
         if not isinstance(cfg.get('model'), dict):
             raise ValueError(f'The config {name} has no model.')
+        while isinstance(cfg['model'].get('module'), dict):     # test-time augmentation
+            cfg['model'] = cfg['model']['module']
         if checkpoint is not None:
             checkpoint = os.fspath(checkpoint)
             check_checkpoint(checkpoint, 'the checkpoint of load')

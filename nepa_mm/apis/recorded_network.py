@@ -26,12 +26,16 @@ from nepa_mm.checkpoints.recorded_config import recorded_config
 from nepa_mm.utils.nested import iter_dicts
 from nepa_mm.utils.random_state import preserve_rng_state
 
-# Modules whose classes a record may name. They build layers from numbers: none of them reads a
-# file, imports by name or downloads at construction, as mmpretrain's multimodal models do.
+# Modules whose classes a record may name. They build layers from numbers. Other classes of
+# OpenMMLab read files (VQA heads), download, or run code of the Hub (HuggingFaceClassifier).
 SAFE = re.compile(
-    r'torch\.nn\.|mmcv\.cnn\.|nepa_mm\.models\.|mmengine\.model\.|mmseg\.structures\.sampler\.'
-    r'|mmpretrain\.models\.(?:classifiers|heads|losses|necks|utils\.(?:data_pre|batch_aug))'
-    r'|mmseg\.models\.(?:segmentors|decode_heads|losses|necks|data_preprocessor)')
+    r'torch\.nn\.|mmcv\.cnn\.|mmengine\.(?:model|utils\.dl_utils\.parrots_wrapper)\.'
+    r'|nepa_mm\.(?:models|datasets\.transforms\.timm_augment)\.'
+    r'|mmpretrain\.models\.(?:classifiers\.image|losses|necks|utils\.(?:data_pre|batch_aug)'
+    r'|heads\.(?:cls_head|linear_head|stacked_head|margin_head|multi_label_\w+))'
+    r'|mmseg\.(?:structures\.sampler'
+    r'|models\.(?:segmentors\.encoder_decoder|decode_heads|losses|necks|data_preprocessor))')
+FILES = ('init_cfg', 'pretrained')      # keys that name weight files; the checkpoint has all
 SAFE_PATHS = {cfg['type'] for cfg in ACTIVATIONS.values()}
 SCOPES = ('mmpretrain', 'mmseg', 'mmengine', 'nepa_mm')
 
@@ -91,7 +95,8 @@ def build_network(cfg: Mapping) -> nn.Module:
     if cfg.get('data_preprocessor'):
         model.setdefault('data_preprocessor', cfg['data_preprocessor'])
     for node in iter_dicts(model):
-        node.pop('init_cfg', None)      # names files; the checkpoint has all weights
+        for key in FILES:
+            node.pop(key, None)
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'
     if scope_of(cfg) == 'mmseg':
@@ -104,7 +109,8 @@ def check_types(part: Mapping | None, name: str, scope: str | None = None) -> No
     """Reject a recorded config that names other than known classes.
 
     Args:
-        part (dict, optional): Recorded config of a network or of a part of it.
+        part (dict, optional): Recorded config of a network or of a part of it. Keys that name
+            weight files are removed.
         name (str): Name of the checkpoint in the error message.
         scope (str, optional): Recorded ``default_scope``. Defaults to None.
 
@@ -114,14 +120,17 @@ def check_types(part: Mapping | None, name: str, scope: str | None = None) -> No
     if scope == 'mmseg' or 'decode_head' in (part or {}):
         importlib.import_module('nepa_mm.models.segmentors')
     for node in iter_dicts(part):
-        for key in ('type', '_scope_'):
+        for key in FILES:
+            node.pop(key, None)
+        # losses read a class_weight of text from a file, by pickle
+        for key, known in dict(type=_is_safe, _scope_=SCOPES.__contains__,
+                               class_weight=lambda value: not isinstance(value, str)).items():
             value = node.get(key)
-            known = value in SCOPES if key == '_scope_' else _is_safe(value)
-            if key in node and not known:
+            if key in node and not known(value):
                 raise ValueError(
-                    f'{name} records {key}={str(value)[:80]!r}, which is not among the classes '
-                    'that are built from a record: if you trust it, name the config as well, '
-                    'load(CONFIG, CHECKPOINT).')
+                    f'{name} records {key}={str(value)[:80]!r}, which is not built from a '
+                    'record: if you trust it, name the config as well, load(CONFIG, '
+                    'CHECKPOINT).')
 
 
 def _is_safe(name):

@@ -214,14 +214,14 @@ def skipped_images(dataset: Dataset, whose: str) -> list[str]:
             continue
         folder = base.img_prefix
         seen = {os.path.normpath(base.get_data_info(i)['img_path']) for i in range(len(base))}
-        skipped = [path for path in _find_images(folder) if path not in seen]
+        skipped = [path for path in find_images(folder) if path not in seen]
         if skipped:
             sentences.append(f'{whose}: {len(skipped)} images below {folder} are skipped, e.g. '
                              f'{skipped[0]}.')
     return sentences
 
 
-def _find_images(folder) -> Iterator[str]:
+def find_images(folder: str) -> Iterator[str]:
     """Yield the paths of all images in a folder and its subfolders, except hidden ones."""
     for root, _, files in os.walk(folder, followlinks=True):
         for file in files:
