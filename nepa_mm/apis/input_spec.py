@@ -201,6 +201,35 @@ def preprocessor_config(found: Mapping) -> dict:
     return config
 
 
+def timm_config(found: Mapping) -> dict:
+    """Return the preprocessing of a spec as fields of timm's ``pretrained_cfg``.
+
+    timm resizes with Pillow to floor(crop / crop_pct): the short side ('center') or both
+    ('squash'), and crops the centre.
+
+    Raises:
+        ValueError: timm cannot express it; the message names the step.
+    """
+    resize, crop, size = found['resize'], found['crop'], size_of(found)
+    squash = isinstance(resize, list)
+    sides = resize if squash else [resize or 0] * 2
+    good = (size and found['channel_order'] != 'BGR' and found['interpolation'] in RESAMPLE
+            and (squash or size[0] == size[1]) and all(a >= b for a, b in zip(sides, size))
+            and size[0] * sides[1] == size[1] * sides[0])
+    if not good:
+        raise ValueError(
+            "timm's transform resizes the short side and crops a square, or resizes and crops both "
+            f'sides by one factor, in RGB; here are resize={resize}, crop={crop}, '
+            f'interpolation={found["interpolation"]}, channel order {found["channel_order"]}.')
+    crop_pct = size[0] / sides[0]
+    while any(math.floor(a / crop_pct) < b for a, b in zip(size, sides)):     # rounding
+        crop_pct = math.nextafter(crop_pct, 0)
+    return dict(
+        input_size=[len(found['mean']), *size], interpolation=found['interpolation'],
+        crop_pct=crop_pct, crop_mode='squash' if squash else 'center',
+        mean=[x / 255 for x in found['mean']], std=[x / 255 for x in found['std']])
+
+
 def class_names(cfg: Mapping, meta: Mapping) -> list[str] | None:
     """Return the class names of the checkpoint, or else of the config's data set.
 
