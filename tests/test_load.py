@@ -186,10 +186,11 @@ def test_authors_format():
         nepa_mm.load('authors/model.safetensors')
 
 
-def test_names():
+def test_names(capsys):
     """Of the package's configs; a path works, too; without a checkpoint the network is fresh."""
     with pytest.warns(UserWarning, match='nepa_vit-s_imagenette has no weights'):
         fresh = nepa_mm.load('nepa_vit-s_imagenette')
+    assert capsys.readouterr() == ('', '')      # the warning is the only word
     save_weights(fresh.state_dict(), 'x.safetensors')
     for name in ('nepa_vit-s_imagenette', 'nepa_vit-s_imagenette.py',
                  'pretrain/nepa_vit-s_imagenette',

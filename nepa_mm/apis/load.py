@@ -1,5 +1,6 @@
 """A network of a checkpoint or of a config in one call, for scripts and notebooks."""
 import copy
+import logging
 import os
 import warnings
 from difflib import get_close_matches
@@ -93,8 +94,13 @@ def load(name: str | os.PathLike, checkpoint: str | os.PathLike | None = None, *
     if checkpoint is None:
         warnings.warn(f'{name} has no weights of its own: the network is untrained. '
                       'Give a checkpoint: load(CONFIG, CHECKPOINT).', stacklevel=2)
-        with preserve_rng_state():
-            model.init_weights()
+        disabled = logging.root.manager.disable
+        logging.disable(logging.INFO)       # mmengine logs two lines for every tensor
+        try:
+            with preserve_rng_state():
+                model.init_weights()
+        finally:
+            logging.disable(disabled)
     else:
         load_strict(model, file, weights=weights)
     try:
