@@ -13,8 +13,10 @@ ignore_harmless_warnings()
 with quiet_imports():
     # importing these registers their classes
     from . import apis, engine, evaluation, registry  # noqa: F401
+    from .apis.load import load
+    from .evaluation.frozen_features import features
     from .models import NEPA, NEPAViT, next_embedding_loss
 
     stack.register_models()
 
-__all__ = ['NEPA', 'NEPAViT', 'next_embedding_loss']
+__all__ = ['NEPA', 'NEPAViT', 'features', 'load', 'next_embedding_loss']

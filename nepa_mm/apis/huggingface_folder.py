@@ -24,6 +24,7 @@ from nepa_mm.checkpoints.huggingface import (
 from nepa_mm.checkpoints.huggingface_config import (
     DEFAULTS,
     complete_config,
+    count_classes,
     model_cfg,
     published_config,
 )
@@ -31,11 +32,6 @@ from nepa_mm.checkpoints.io import read_checkpoint, save_weights
 from nepa_mm.checkpoints.loading import select_weights, weights_kind
 from nepa_mm.checkpoints.recorded_config import recorded_config
 from nepa_mm.utils.files import atomic_write
-
-
-def count_classes(state_dict: dict) -> int | None:
-    """Return the number of classes, None for a network without a classifier."""
-    return len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else None
 
 
 def set_image_size(config: dict, images: dict, backbone: dict) -> None:

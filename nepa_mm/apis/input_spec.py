@@ -42,18 +42,36 @@ def input_of(cfg: Mapping) -> dict | None:
 
 
 def _input_of(cfg):
-    for name in ('test_dataloader', 'train_dataloader'):
-        dataset = (cfg.get(name) or {}).get('dataset') or {}
-        while dataset.get('pipeline') is None and dataset.get('dataset'):     # a wrapper
-            dataset = dataset['dataset']
-        if dataset.get('pipeline'):
-            break
-    else:
+    test, train = (_pipeline_of(cfg, name) for name in ('test_dataloader', 'train_dataloader'))
+    if not (test or train):
         return None
-    read = _read_test_pipeline if name == 'test_dataloader' else _read_crops
     found = dict(resize=None, crop=None, interpolation='bilinear', backend='cv2')
-    found.update(read(dataset['pipeline']))
+    found.update(_read_test_pipeline(test) if test else _read_crops(train))
     return found | pixels_of(cfg)
+
+
+def test_pipeline_of(cfg: Mapping) -> list[dict] | None:
+    """Return the test pipeline of a config, None if it has none.
+
+    Raises:
+        ValueError: It is not a list of steps.
+    """
+    try:
+        pipeline = _pipeline_of(cfg, 'test_dataloader')
+        good = pipeline is None or all(isinstance(step['type'], str) for step in pipeline)
+    except (AttributeError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError('The test pipeline of the config is not a list of steps.')
+    return pipeline
+
+
+def _pipeline_of(cfg, name):
+    """The pipeline of a dataloader, or None."""
+    dataset = (cfg.get(name) or {}).get('dataset') or {}
+    while dataset.get('pipeline') is None and dataset.get('dataset'):     # a wrapper
+        dataset = dataset['dataset']
+    return dataset.get('pipeline') or None
 
 
 def pixels_of(cfg: Mapping) -> dict:
@@ -181,6 +199,35 @@ def preprocessor_config(found: Mapping) -> dict:
     if crop is not None:
         config['crop_size'] = dict(zip(shape, crop))
     return config
+
+
+def timm_config(found: Mapping) -> dict:
+    """Return the preprocessing of a spec as fields of timm's ``pretrained_cfg``.
+
+    timm resizes with Pillow to floor(crop / crop_pct): the short side ('center') or both
+    ('squash'), and crops the centre.
+
+    Raises:
+        ValueError: timm cannot express it; the message names the step.
+    """
+    resize, crop, size = found['resize'], found['crop'], size_of(found)
+    squash = isinstance(resize, list)
+    sides = resize if squash else [resize or 0] * 2
+    good = (size and found['channel_order'] != 'BGR' and found['interpolation'] in RESAMPLE
+            and (squash or size[0] == size[1]) and all(a >= b for a, b in zip(sides, size))
+            and size[0] * sides[1] == size[1] * sides[0])
+    if not good:
+        raise ValueError(
+            "timm's transform resizes the short side and crops a square, or resizes and crops both "
+            f'sides by one factor, in RGB; here are resize={resize}, crop={crop}, '
+            f'interpolation={found["interpolation"]}, channel order {found["channel_order"]}.')
+    crop_pct = size[0] / sides[0]
+    while any(math.floor(a / crop_pct) < b for a, b in zip(size, sides)):     # rounding
+        crop_pct = math.nextafter(crop_pct, 0)
+    return dict(
+        input_size=[len(found['mean']), *size], interpolation=found['interpolation'],
+        crop_pct=crop_pct, crop_mode='squash' if squash else 'center',
+        mean=[x / 255 for x in found['mean']], std=[x / 255 for x in found['std']])
 
 
 def class_names(cfg: Mapping, meta: Mapping) -> list[str] | None:

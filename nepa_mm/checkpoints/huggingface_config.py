@@ -3,9 +3,15 @@
 The functions execute nothing from a file: they evaluate no recorded config, and output only class
 names of this format.
 """
+import json
+from collections.abc import Mapping
 from inspect import signature
+from pathlib import Path
 
 from mmengine.registry import MODELS
+from torch import Tensor
+
+from nepa_mm.checkpoints.hub import download
 
 ACTIVATIONS = {
     **dict.fromkeys(['gelu', 'gelu_python'], dict(type='GELU')),
@@ -45,6 +51,37 @@ FIELDS = dict(
     rope_jitter='pos_embed_jitter', rope_rescale='pos_embed_rescale')
 ARCH_FIELDS = dict(embed_dims='hidden_size', num_layers='num_hidden_layers',
                    num_heads='num_attention_heads', feedforward_channels='intermediate_size')
+
+
+def read_published_config(src: str | Path) -> dict:
+    """Read the ``config.json`` of published weights.
+
+    Args:
+        src (str | Path): The folder, the weight file beside the ``config.json``, or
+            ``hf://owner/name[@revision]``.
+
+    Raises:
+        FileNotFoundError: There is no ``config.json``.
+        ValueError: It is not JSON, or cannot be downloaded.
+    """
+    src = str(src)
+    if src.startswith('hf://'):
+        file = Path(download(src, ['config.json']))
+    else:
+        path = Path(src).expanduser()
+        file = (path if path.is_dir() else path.parent) / 'config.json'
+    if not file.is_file():
+        raise FileNotFoundError(f'There is no {file}: published weights need their config.json '
+                                'beside them.')
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{file} is not valid JSON: {error}') from error
+
+
+def count_classes(state_dict: Mapping[str, Tensor]) -> int | None:
+    """Number of classes of tensors in our names; None for a network without a classifier."""
+    return len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else None
 
 
 def complete_config(config: dict) -> dict:

@@ -238,9 +238,12 @@ def remove_evaluated_text(checkpoint: Any) -> Any:
 def _read_file(file, map_location):
     if file.suffix != '.safetensors':
         return safe_load(file, map_location)
-    with safe_open(file, 'pt', device=str(map_location or 'cpu')) as opened:
+    device = str(map_location or 'cpu')
+    # safetensors has no meta tensors; those of the CPU are mapped, not read
+    with safe_open(file, 'pt', device='cpu' if device == 'meta' else device) as opened:
         meta = json.loads((opened.metadata() or {}).get('nepa_mm', '{}'))
-        return dict(state_dict={key: opened.get_tensor(key) for key in opened.keys()}, meta=meta)
+        return dict(state_dict={key: opened.get_tensor(key).to(device) for key in opened.keys()},
+                    meta=meta)
 
 
 def _reason(error):

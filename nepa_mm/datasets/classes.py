@@ -1,11 +1,11 @@
 """Class names of datasets and checkpoints. Labels are matched by name, not by number."""
 import numbers
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
-from nepa_mm.datasets.images import IMAGE_SUFFIXES
+from nepa_mm.datasets.images import find_images
 from nepa_mm.utils.text import listed
 
 
@@ -214,16 +214,8 @@ def skipped_images(dataset: Dataset, whose: str) -> list[str]:
             continue
         folder = base.img_prefix
         seen = {os.path.normpath(base.get_data_info(i)['img_path']) for i in range(len(base))}
-        skipped = [path for path in _find_images(folder) if path not in seen]
+        skipped = [path for path in find_images(folder) if path not in seen]
         if skipped:
             sentences.append(f'{whose}: {len(skipped)} images below {folder} are skipped, e.g. '
                              f'{skipped[0]}.')
     return sentences
-
-
-def _find_images(folder) -> Iterator[str]:
-    """Yield the paths of all images in a folder and its subfolders, except hidden ones."""
-    for root, _, files in os.walk(folder, followlinks=True):
-        for file in files:
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith('.'):
-                yield os.path.normpath(os.path.join(root, file))

@@ -23,16 +23,10 @@ def find_images(folder: str | os.PathLike) -> list[str]:
     """Return the sorted paths of all image files in a folder and its subfolders.
 
     Links are followed. Files whose name begins with a dot are left out.
-
-    Raises:
-        FileNotFoundError: The folder holds no image.
     """
-    found = sorted(os.path.join(where, file)
-                   for where, _, files in os.walk(folder, followlinks=True) for file in files
-                   if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith('.'))
-    if not found:
-        raise FileNotFoundError(f'{folder} holds no image.')
-    return found
+    return sorted(os.path.normpath(os.path.join(where, file))
+                  for where, _, files in os.walk(folder, followlinks=True) for file in files
+                  if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith('.'))
 
 
 def expand_images(paths: Iterable[str]) -> list[str]:
@@ -52,7 +46,10 @@ def expand_images(paths: Iterable[str]) -> list[str]:
             kind = 'image that matches' if glob.has_magic(path) else 'image'
             raise FileNotFoundError(f'There is no {kind} {path}.')
         for match in matches:
-            files += find_images(match) if os.path.isdir(match) else [match]
+            found = find_images(match) if os.path.isdir(match) else [match]
+            if not found:
+                raise FileNotFoundError(f'{match} holds no image.')
+            files += found
     return list(dict.fromkeys(files))
 
 
@@ -136,13 +133,34 @@ def decode_image(content: bytes, path: str, color_type: str = 'color',
         if content.startswith(b'\x93NUMPY'):
             pixels = _load_npy(content)
         else:
-            image = open_image(content, path)
-            pixels = _pixels(image, path, color_type)
-            if isinstance(pixels, Image.Image):
-                return _to_array(pixels.convert(COLOR_TYPES[color_type]))
+            return pixels_of(open_image(content, path), color_type, channels, path)
     except DataError:
         raise
     except Exception as error:
+        raise _unreadable(path, error) from error
+    return convert_pixels(pixels, path, color_type, channels)
+
+
+def pixels_of(image: Image.Image, color_type: str = 'color', channels: int | None = None,
+              path: str | None = None) -> np.ndarray:
+    """Upright pixels of an open Pillow image, as :func:`decode_image` gives them for its file.
+
+    Args:
+        image (Image): Opened from a file, or made in memory. It is not changed.
+        color_type (str), channels (int, optional): See :func:`decode_image`.
+        path (str, optional): Path for error messages. Defaults to None: the image's file name.
+
+    Raises:
+        UnreadableImageError, DataError: See :func:`decode_image`.
+    """
+    path = path or getattr(image, 'filename', None) or f'of mode {image.mode}'
+    try:
+        pixels = _pixels(image, path, color_type)
+        if isinstance(pixels, Image.Image):
+            return _to_array(pixels.convert(COLOR_TYPES[color_type]))
+    except DataError:
+        raise
+    except Exception as error:      # decoding is lazy, and every plugin raises its own
         raise _unreadable(path, error) from error
     return convert_pixels(pixels, path, color_type, channels)
 

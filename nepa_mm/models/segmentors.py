@@ -76,14 +76,16 @@ class NEPASegmentor(EncoderDecoder):
         return tuple(max(count(side / patch), 2) * patch
                      for side, patch in zip(size, self.backbone.patch_embed.patch_size))
 
-    def extract_feat(self, inputs):
-        """Feature maps of images (B, C, height, width) of any size."""
+    def fit_patches(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the backbone sees of images (B, C, height, width) of any size."""
         size = self.fitted_size(inputs.shape[2:])
         if self.patch_rule == 'resize':
-            inputs = F.interpolate(inputs, size, mode='bilinear')
-        else:
-            inputs = crop_or_pad(inputs, size)
-        return super().extract_feat(inputs)
+            return F.interpolate(inputs, size, mode='bilinear')
+        return crop_or_pad(inputs, size)
+
+    def extract_feat(self, inputs):
+        """Feature maps of images (B, C, height, width) of any size."""
+        return super().extract_feat(self.fit_patches(inputs))
 
     def encode_decode(self, inputs, batch_img_metas):
         """Logits (B, classes, height, width) of images (B, C, height, width)."""

@@ -330,16 +330,20 @@ class NEPAViT(BaseBackbone):
 
     def format_output(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Turn tokens (B, 1 + N, D) into the form of ``out_type``."""
-        if self.out_type == 'raw':
+        return self.fc_norm(self.pool(x, grid, self.out_type))
+
+    def pool(self, x: Tensor, grid: tuple[int, int], out_type: str) -> Tensor:
+        """Turn tokens (B, 1 + N, D) into the form of any ``out_type``, without ``fc_norm``."""
+        if out_type == 'raw':
             return x
         patches = x[:, self.num_extra_tokens:]
-        if self.out_type == 'featmap':
+        if out_type == 'featmap':
             if self.scan != 'raster':
                 patches = patches[:, scan_order(self.scan, grid, x.device).argsort()]
             return patches.transpose(1, 2).unflatten(2, grid).contiguous()     # B D gh gw
-        if self.out_type == 'avg_featmap':
-            return self.fc_norm(patches.mean(dim=1))
-        return self.fc_norm(x[:, 0 if self.out_type == 'cls_token' else -1])
+        if out_type == 'avg_featmap':
+            return patches.mean(dim=1)
+        return x[:, 0 if out_type == 'cls_token' else -1]
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning rates.

@@ -34,7 +34,7 @@ if __name__ == '__main__':
 from mmengine.utils import ProgressBar
 
 from nepa_mm import apis
-from nepa_mm.datasets.images import find_images
+from nepa_mm.datasets.images import expand_images
 from nepa_mm.datasets.resize import resize_image
 from nepa_mm.utils.outputs import claim_folder
 
@@ -71,7 +71,7 @@ def main(argv=None):
     args = parse_args(argv)
     with apis.user_errors():
         check(args)
-        images = [Path(image).relative_to(args.source) for image in find_images(args.source)]
+        images = [Path(image).relative_to(args.source) for image in expand_images([args.source])]
     todo = [path for path in images if not (args.target / path).exists()]
     print(f'{len(images)} images, {len(images) - len(todo)} of them already resized')
     unreadable = []

@@ -1,14 +1,16 @@
-"""Convert published NEPA weights to ours, and ours to the published format, without loss.
+"""Convert published NEPA weights to ours, and ours to the published format or timm's, without loss.
 
     python tools/model_converters/convert_checkpoint.py PUBLISHED DST.safetensors [--weights ema]
     python tools/model_converters/convert_checkpoint.py CHECKPOINT DST_FOLDER --to hf
         [--config CONFIG]
         [--weights raw]
+    python tools/model_converters/convert_checkpoint.py CHECKPOINT DST_FOLDER --to timm
 
 PUBLISHED is a folder with config.json and weights, a weight file beside a config.json, or
 hf://owner/name[@revision]. A config file for tools/test.py is written beside DST.safetensors. With
 --to hf, network, input and class names come from --config or from the checkpoint; DST_FOLDER also
-gets a preprocessor_config.json.
+gets a preprocessor_config.json. With --to timm, after import nepa_mm,
+timm.create_model('local-dir:DST_FOLDER', pretrained=True) loads the folder.
 """
 from nepa_mm_cli import add_weights_argument, tool_parser
 
@@ -17,10 +19,10 @@ def parse_args(argv=None):
     parser = tool_parser(__doc__)
     parser.add_argument('src', help='weights to convert')
     parser.add_argument('dst', help='file or folder to write; must not exist')
-    parser.add_argument('--to', choices=['mm', 'hf'], default='mm',
-                        help='format of DST: ours (default) or the published one')
+    parser.add_argument('--to', choices=['mm', 'hf', 'timm'], default='mm',
+                        help="format of DST: ours (default), the published one or timm's")
     add_weights_argument(parser)
-    parser.add_argument('--config', help='config of CHECKPOINT, for --to hf')
+    parser.add_argument('--config', help='config of CHECKPOINT, for --to hf and timm')
     parser.add_argument(
         '--fold-layer-scale', action='store_true',
         help='multiply LayerScale into the projections; outputs do not change')
@@ -37,37 +39,35 @@ from pathlib import Path
 from mmengine.config import Config
 
 from nepa_mm import apis
-from nepa_mm.apis.huggingface_folder import count_classes, write_folder
-from nepa_mm.apis.input_spec import input_of, pipeline_of, published_input
-from nepa_mm.checkpoints.hub import download
+from nepa_mm.apis.huggingface_folder import write_folder
+from nepa_mm.apis.input_spec import (
+    class_names,
+    input_of,
+    pipeline_of,
+    published_input,
+    timm_config,
+)
+from nepa_mm.apis.recorded_network import read_record
 from nepa_mm.checkpoints.huggingface import (
     DROPPED,
     check_and_complete,
     fold_layer_scale,
     match_names,
 )
-from nepa_mm.checkpoints.huggingface_config import DEFAULTS, complete_config, model_cfg
+from nepa_mm.checkpoints.huggingface_config import (
+    DEFAULTS,
+    complete_config,
+    count_classes,
+    model_cfg,
+    read_published_config,
+)
 from nepa_mm.checkpoints.io import read_checkpoint, save_weights
 from nepa_mm.checkpoints.loading import select_weights, weights_kind
+from nepa_mm.models.timm_eva import CFG, eva_args, to_timm
 from nepa_mm.utils.files import atomic_write
 
 BASES = dict(NEPA='pretrain/nepa_vit-b.py', b='classification/nepa_vit-b_ft_in1k.py',
              l='classification/nepa_vit-l_ft_in1k.py')
-
-
-def read_config(src):
-    """Read the ``config.json`` beside published weights."""
-    if src.startswith('hf://'):
-        file = Path(download(src, ['config.json']))
-    else:
-        file = Path(src) / 'config.json' if Path(src).is_dir() else Path(src).parent / 'config.json'
-    if not file.is_file():
-        raise FileNotFoundError(f'There is no {file}: published weights need their config.json '
-                                'beside them.')
-    try:
-        return json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{file} is not valid JSON: {error}') from error
 
 
 def report(pairs, new, dropped, arrow):
@@ -124,7 +124,7 @@ def to_mm(args):
     """Write our weights and their config file."""
     if Path(args.dst).suffix != '.safetensors':
         raise ValueError(f'DST of --to mm must be a .safetensors file, got {args.dst}.')
-    given = read_config(args.src)
+    given = read_published_config(args.src)
     config = complete_config(given)
     missing = sorted(DEFAULTS.keys() - given.keys())
     if missing:
@@ -168,11 +168,52 @@ def to_hf(args):
     print(f'Wrote {", ".join(files)} to {args.dst}: the {which} weights.')
 
 
+def to_timm_folder(args):
+    """Write a folder for timm.create_model('local-dir:...')."""
+    folder = Path(args.dst)
+    if folder.exists():
+        raise FileExistsError(f'{folder} exists already; remove it or choose another name.')
+    if args.fold_layer_scale:
+        raise ValueError('--fold-layer-scale is for --to mm and --to hf.')
+    checkpoint = read_checkpoint(args.src, weights=args.weights)
+    state_dict = select_weights(checkpoint, args.weights, args.src)
+    if args.config:
+        cfg, meta = Config.fromfile(args.config).to_dict(), checkpoint['meta']
+    else:
+        cfg, meta, _ = read_record(args.src, args.weights)
+    eva = to_timm(cfg['model'], state_dict)
+    model_args = eva_args(cfg['model']['backbone'], eva.num_classes)
+    # stated here, because timm's own names of models have other defaults
+    pretrained = dict(CFG, num_classes=eva.num_classes)
+    images = input_of(cfg)
+    if images:
+        pretrained |= timm_config(images)
+        if images['backend'] == 'cv2':
+            print("timm's transform resizes with Pillow, the test pipeline with OpenCV: pixels "
+                  'differ.')
+    else:
+        print('No input spec is recorded: the preprocessing is that of the authors; --config '
+              'provides the real one.')
+    names = class_names(cfg, meta)
+    if names and len(names) == eva.num_classes:
+        pretrained['label_names'] = names
+    config = dict(architecture='nepa_vit', num_classes=eva.num_classes,
+                  num_features=eva.num_features, global_pool=model_args['global_pool'],
+                  model_args=model_args, pretrained_cfg=pretrained)
+    text = json.dumps(config, indent=2) + '\n'
+    save_weights(eva.state_dict(), folder / 'model.safetensors', for_transformers=True,
+                 source=args.src, weights=dict(state_dict=weights_kind(checkpoint, args.weights)))
+    with atomic_write(folder / 'config.json') as file:
+        file.write_text(text)
+    print(f'Wrote {folder}, the {weights_kind(checkpoint, args.weights)} weights: import nepa_mm; '
+          f"timm.create_model('local-dir:{folder}', pretrained=True)")
+
+
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line)."""
     args = parse_args(argv)
     with apis.user_errors():
-        (to_mm if args.to == 'mm' else to_hf)(args)
+        dict(mm=to_mm, hf=to_hf, timm=to_timm_folder)[args.to](args)
 
 
 if __name__ == '__main__':
