@@ -1,8 +1,8 @@
 """A page to explore in a browser what a network does with images: one file, without a server.
 
-explore.html is the page; this module fills in its data. Attention is stored as square roots of
-weights in steps of 1 / ``LEVELS`` of the largest one in each row. A weight therefore deviates by
-less than 1 / ``LEVELS`` of that largest weight. Deflate and base64 follow.
+explore.html is the page; this module fills in its data. A byte stores the square root of an
+attention weight, relative to that of the largest weight in its row, in ``LEVELS`` steps. A weight
+therefore deviates by less than 1 / ``LEVELS`` of the largest one. Deflate and base64 follow.
 """
 import base64
 import io
@@ -21,7 +21,7 @@ from nepa_mm.utils.files import atomic_write
 from nepa_mm.visualization.image_maps import attention_weights, forward_pass, predict_patches
 
 TEMPLATE = Path(__file__).with_name('explore.html')
-LEVELS = 63             # 255 would need more than 5 MB for 256 patches of ViT-B
+LEVELS = 50             # keeps 256 patches of ViT-B below 5 MB
 MAX_WEIGHTS = 60e6      # on one page; about 60 MB
 
 
@@ -50,12 +50,13 @@ def quantise(weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Store rows of attention weights (..., T) in one byte each.
 
     Returns:
-        tuple[ndarray, ndarray]: The largest weight of each row in 1 / 65535 (...), uint16; the
+        tuple[ndarray, ndarray]: The largest weight of each row as -4096 log2 (...), uint16; the
         square roots of weights in 1 / ``LEVELS`` of that of the largest (..., T), uint8.
     """
     largest = weights.amax(dim=-1, keepdim=True)
     codes = (LEVELS * (weights / largest).sqrt()).round().byte()
-    return ((largest[..., 0] * 65535).round().cpu().numpy().astype('<u2'), codes.cpu().numpy())
+    logs = (-4096 * largest[..., 0].clamp(max=1).log2()).round()
+    return logs.cpu().numpy().astype('<u2'), codes.cpu().numpy()
 
 
 def pack_attention(calls: Sequence[tuple], heads: Sequence[int]) -> list[bytes]:

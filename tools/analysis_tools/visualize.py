@@ -3,17 +3,17 @@
     python tools/analysis_tools/visualize.py CONFIG CHECKPOINT IMAGE... [--query ROW COL] [--grid]
     python tools/analysis_tools/visualize.py CONFIG CHECKPOINT IMAGE... --html page.html
 
-Writes one figure per image. It shows the attention of a query patch and features as colours; for a pretraining model also its
-prediction at the query, how well every patch is predicted, and the lift over copying. Classifiers
-and segmentors do not predict.
+Writes one figure per image: the attention of a query patch and features as colours; for a
+pretraining model also its prediction at the query, how well every patch is predicted, and the lift
+over copying. Classifiers and segmentors do not predict.
 
 --html writes one page for all images instead. Open it in a browser, point at a patch, and see where
-it looks in each block and head, what the network expects next, how sure it is, and how much that is
-beyond copying. The page needs no network and no server.
+it looks in each block and head, what the network expects next, how sure it is, and how much of that
+is beyond copying. The page needs no network and no server.
 
-Files are read as in the config. With more than three channels the
-first three are shown as red, green and blue; one channel is shown as grey. Values other than 8-bit
-are stretched from the smallest to the largest.
+Files are read as in the config. With more than three channels the first three are shown as red,
+green and blue; one channel is shown as grey. Values other than 8-bit are stretched from the
+smallest to the largest.
 """
 import math
 from pathlib import Path
@@ -57,14 +57,14 @@ def parse_args(argv=None):
                         'with --html, the blocks to choose from, default: all)')
     parser.add_argument('--heads', nargs='+', type=int, metavar='H',
                         help='heads to average, from 0 (default: all)')
-    parser.add_argument('--rollout', action='store_true',
+    parser.add_argument('--rollout', action='store_true', default=None,
                         help='follow attention through these layers instead of averaging them')
     parser.add_argument('--block', type=int,
                         help='block whose features are shown as colours, from 0 or from the end '
                         '(default: the last of the first two thirds)')
     parser.add_argument('--size', type=int, help='short side of the model input in pixels, '
                         "rounded to whole patches (default: the config's training crop)")
-    parser.add_argument('--grid', action='store_true',
+    parser.add_argument('--grid', action='store_true', default=None,
                         help=f'also write contact sheets of up to {SHEET} images')
     parser.add_argument('--out-dir', help='where figures go (default: visualization)')
     parser.add_argument('--html', metavar='FILE', help='write this page instead of figures; if the '
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
     apis.add_cfg_options(parser)
     args = parser.parse_args(argv)
-    given = [name for name in OF_FIGURES if getattr(args, name) not in (None, False)]
+    given = [name for name in OF_FIGURES if getattr(args, name) is not None]
     if args.html and given:
         parser.error(f'--{given[0].replace("_", "-")} belongs to figures and cannot be combined '
                      'with --html.')
@@ -240,12 +240,13 @@ def main(argv=None):
                   f'{describe_indices(layers, num_layers, "layer")}, '
                   f'{describe_indices(heads, num_heads, "head")}',
         pca=describe_indices([block], num_layers, 'block'))
-    sheets = ['grid'] * (args.grid * math.ceil(len(images) / SHEET))
+    sheets = ['grid'] * (math.ceil(len(images) / SHEET) if args.grid else 0)
     pages = page_names([*args.images, *sheets], out)
     entries = []
     for name, image, img, query in zip(titles, images, inputs, queries):
         page = next(pages)
-        view = inspect_image(backbone, img, query, layers, heads, block, args.rollout, shift)
+        view = inspect_image(backbone, img, query, layers, heads, block, bool(args.rollout),
+                             shift)
         image = to_display_rgb(image)
         draw_page(page, name, image, view, source, settings, backbone.causal)
         print(page)
