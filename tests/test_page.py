@@ -288,7 +288,7 @@ def test_networks_that_do_not_predict(save, scope, folder, browser):
     assert view.attention.shape == grid and np.isnan(view.attention).any() == (not scope)
     for patch in (0, 6, 9):
         check_attention(page, view, 'look-map', patch)
-    names = [cell.text for cell in browser.find_elements('css selector', '#picture .prefix span')]
+    names = [cell.get_attribute('title') for cell in browser.find_elements('css selector', '#picture .prefix span')]
     assert names == ['class token', 'register 0', 'register 1'][:backbone.num_extra_tokens]
     assert not page.complaints()
 
