@@ -288,7 +288,8 @@ def test_networks_that_do_not_predict(save, scope, folder, browser):
     assert view.attention.shape == grid and np.isnan(view.attention).any() == (not scope)
     for patch in (0, 6, 9):
         check_attention(page, view, 'look-map', patch)
-    names = [cell.get_attribute('title') for cell in browser.find_elements('css selector', '#picture .prefix span')]
+    cells = browser.find_elements('css selector', '#picture .prefix span')
+    names = [cell.get_attribute('title') for cell in cells]
     assert names == ['class token', 'register 0', 'register 1'][:backbone.num_extra_tokens]
     assert not page.complaints()
 
@@ -363,5 +364,6 @@ def test_existing_pages_and_refusals(pretrained, capsys):
 
     for flag in (['--grid'], ['--out-dir', 'x'], ['--seed', '0'], ['--block', '0'], ['--rollout']):
         assert f'{flag[0]} belongs to figures' in refuse(*flag)
+    assert "ends in .html, got 'new'" in refuse('--html', 'new')
     assert 'rows 0 to 1' in refuse('--query', '2', '0')
     assert re.search(r'would hold \d+ million .* --size', refuse('--size', '1008'))

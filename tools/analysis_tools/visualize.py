@@ -74,6 +74,8 @@ def parse_args(argv=None):
     apis.add_cfg_options(parser)
     args = parser.parse_args(argv)
     given = [name for name in OF_FIGURES if getattr(args, name) is not None]
+    if args.html and Path(args.html).suffix != '.html':
+        parser.error(f'--html must name a file that ends in .html, got {args.html!r}.')
     if args.html and given:
         parser.error(f'--{given[0].replace("_", "-")} belongs to figures and cannot be combined '
                      'with --html.')
