@@ -21,9 +21,10 @@ setup(
     packages=find_packages(include=['nepa_mm', 'nepa_mm.*']),
     # .mim holds links to configs, tools and model-index.yml; a wheel contains the files
     package_data={'nepa_mm': [
-        f'.mim/{pattern}' for pattern in (
+        'visualization/explore.html',
+        *(f'.mim/{pattern}' for pattern in (
             'model-index.yml', 'configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md',
-            'tools/**/*.py', 'tools/*.sh')]},
+            'tools/**/*.py', 'tools/*.sh'))]},
     install_requires=list(STACK['CORE'].values()),
     extras_require=dict(
         mm=list(STACK['CURRENT'].values()),
@@ -33,5 +34,5 @@ setup(
         export=['onnx', 'onnxruntime', 'onnxscript'],
         parquet=['pyarrow'],
         test=['matplotlib', 'pyarrow', 'pytest', 'pytest-xdist>=3.2', 'ruff', 'scikit-learn',
-              'setuptools>=77', 'tensorboard']),
+              'selenium', 'setuptools>=77', 'tensorboard']),
 )

@@ -3,8 +3,8 @@
     make demo        or        python demo/digits.py [--work-dir DIR] [--epochs N] [--seeds N]
 
 Uses the same Runner as ImageNet, with the configs in configs/demo. Writes results.md, results.json,
-loss.png, prediction.png and segmentation.png. Exits with status 1 if the pretraining collapsed or
-did not help.
+loss.png, prediction.png, segmentation.png and explore.html, a page to explore in a browser. Exits
+with status 1 if the pretraining collapsed or did not help.
 """
 import common
 
@@ -48,6 +48,7 @@ from make_digit_scenes import write_digit_scenes
 from nepa_mm.apis import load_config
 from nepa_mm.checkpoints.loading import load_pretrained
 from nepa_mm.evaluation.frozen_features import knn_accuracy
+from nepa_mm.visualization.html_page import describe_image, write_page
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
@@ -224,6 +225,24 @@ def plot_predictions(model, bank, images, path):
     plt.close(figure)
 
 
+def write_explorer(model, images, source, path):
+    """Write a page to explore attention and predictions.
+
+    Args:
+        model (NEPA): The pretrained model, in evaluation mode.
+        images (Tensor): Normalised images to show (n, 3, H, W).
+        source (str): Name of the checkpoint.
+        path (Path): The page.
+    """
+    backbone = model.backbone
+    shown = dict(layers=range(backbone.num_layers), heads=range(backbone.layers[0].attn.num_heads),
+                 shift=model.head.shift)
+    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    entries = [describe_image(backbone, image[None], f'test digit {index}', picture, **shown)
+               for index, (image, picture) in enumerate(zip(images, pixels))]
+    write_page(path, entries, backbone, source=source, overwrite=True, **shown)
+
+
 def plot_segmentation(work_dir, path, num=6):
     """Plot scenes, their labels and the predictions of the segmentors of seed 0.
 
@@ -327,6 +346,7 @@ def main(argv=None):
     (out / 'results.json').write_text(json.dumps(results, indent=2))
     plot_loss(losses, out / 'loss.png')
     plot_predictions(model, images['bank'], images['queries'][:8], out / 'prediction.png')
+    write_explorer(model, images['queries'][:8], checkpoint.name, out / 'explore.html')
     plot_segmentation(out, out / 'segmentation.png')
     show(console, results, out / 'results.md')
     problems = check(results)
@@ -334,6 +354,8 @@ def main(argv=None):
         console.print(problem, style='red')
     console.print(f'{results["seconds"]} s. Table, loss curve and figures of predictions '
                   f'and segmentation are in {out}.', soft_wrap=True)
+    console.print(f'Open {out / "explore.html"} in a browser to see where the network looks and '
+                  'what it expects next.', soft_wrap=True)
     return bool(problems)
 
 

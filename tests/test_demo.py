@@ -43,7 +43,9 @@ def test_short_demo(tmp_path, monkeypatch, capsys):
     assert all(name in table for name in rows)
     for name in ('loss.png', 'prediction.png', 'segmentation.png'):
         assert min(Image.open(out / name).size) > 300
+    assert '"name":"test digit 7"' in (out / 'explore.html').read_text()
     printed = capsys.readouterr().out
+    assert f'Open {out / "explore.html"} in a browser' in printed
     assert 'pretraining' in printed and 'Epoch(train)' not in printed
     assert any('did not help: fine-tuning, 20 labels yields 0.0 %' in line for line in problems)
     assert all(line in ' '.join(printed.split()) for line in problems)

@@ -100,6 +100,7 @@ def test_install(how, source, environment, tmp_path):
     assert Path(found['package']) == home / '__init__.py'
     assert found['metadata'] == found['version']
     assert found['model'] == 'NEPA'
+    assert (home / 'visualization/explore.html').is_file()
     expected = {'model-index.yml'} | {
         str(path.relative_to(REPO)) for folder in ('configs', 'tools')
         for path in (REPO / folder).rglob('*') if path.suffix in ('.py', '.yml', '.md', '.sh')}

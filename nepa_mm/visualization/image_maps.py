@@ -100,6 +100,87 @@ def pca_colours(features: Tensor) -> tuple[Tensor, float]:
     return colours, (variances[-3:].sum() / variances.sum().clamp(min=1e-12)).item()
 
 
+@dataclass
+class Predictions:
+    """Result of :func:`compare_predictions` for one image of N patches, fp32.
+
+    Attributes:
+        similarity (Tensor): Cosine of each output with each patch embedding, (1 + N, N). Row 0 is
+            the class token's, row 1 + t that of patch t.
+        next_cosine (Tensor): Cosine of each patch with its prediction, (N,). NaN for patches that
+            are not predicted.
+        lift (Tensor): ``next_cosine`` minus the cosine of the same prediction with the last patch
+            that it had read, (N,). NaN also where it had read only the class token.
+        rank (Tensor): Rank of each patch among all patches in the row of its prediction, from 1,
+            (N,). 0 for patches that are not predicted.
+    """
+
+    similarity: Tensor
+    next_cosine: Tensor
+    lift: Tensor
+    rank: Tensor
+
+
+def compare_predictions(h: Tensor, z: Tensor, shift: int) -> Predictions:
+    """Compare what a network predicts with the embeddings of all patches.
+
+    The class token predicts patch ``shift`` - 1, the output at patch t predicts patch t +
+    ``shift``, and the last ``shift`` outputs predict nothing.
+
+    Args:
+        h (Tensor): Normalised outputs of class token and patches, (1 + N, D).
+        z (Tensor): Normalised patch embeddings, (N, D).
+        shift (int): Number of patches that the outputs predict ahead, at least 1.
+
+    Returns:
+        Predictions: The comparison.
+    """
+    similarity = h @ z.T
+    next_cosine, lift = z.new_full((2, len(z)), torch.nan)
+    lift[shift - 1:] = next_cosine[shift - 1:] = similarity.diagonal(shift - 1)
+    lift[shift - 1] = torch.nan
+    lift[shift:] -= similarity.diagonal(-1)[:-shift]
+    rank = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    rows = similarity[:len(z) - shift + 1]
+    rank[shift - 1:] = 1 + (rows > next_cosine[shift - 1:, None]).sum(dim=1)
+    return Predictions(similarity, next_cosine, lift, rank)
+
+
+def forward_pass(backbone: nn.Module, img: Tensor, layers: Sequence[int],
+                 blocks: Sequence[int]) -> tuple[Tensor, tuple[int, int], list[tuple],
+                                                 list[Tensor]]:
+    """Run the network on one image and catch the inputs of its attention.
+
+    Args:
+        backbone (NEPAViT): The network, in evaluation mode.
+        img (Tensor): (1, C, height, width), normalised; sides are multiples of the patch size.
+        layers (Sequence[int]): Blocks whose attention is needed, from 0, ascending.
+        blocks (Sequence[int]): Blocks whose outputs are returned.
+
+    Returns:
+        tuple: Patch embeddings (N, D); the grid (gh, gw); (Attention, x, sin, cos) of each layer;
+        tokens (T, D) after each block.
+    """
+    z, grid = backbone.embed(img)                                                # 1 N D
+    calls = []
+    handles = [backbone.layers[i].attn.register_forward_pre_hook(
+        lambda attn, args: calls.append((attn, *args))) for i in layers]
+    outs = backbone.encode(z, grid, blocks)                                      # 1 T D
+    for handle in handles:
+        handle.remove()
+    return z[0], grid, calls, [x[0] for x in outs]
+
+
+def predict_patches(backbone: nn.Module, z: Tensor, out: Tensor, shift: int) -> Predictions:
+    """:func:`compare_predictions` of the last block's tokens (T, D) and embeddings (N, D).
+
+    ``shift`` is that of :class:`NEPAHead`; 0 is treated as 1, as :class:`NEPAMonitorHook` does.
+    """
+    h = backbone.without_registers(out[None])[0]
+    h, z = (F.normalize(x.float(), dim=-1, eps=1e-12) for x in (h, z))
+    return compare_predictions(h, z, max(shift, 1))
+
+
 @torch.no_grad()
 def inspect_image(backbone: nn.Module, img: Tensor, query: int, layers: Sequence[int],
                   heads: Sequence[int], block: int, rollout: bool = False,
@@ -107,34 +188,25 @@ def inspect_image(backbone: nn.Module, img: Tensor, query: int, layers: Sequence
     """Run the network on one image and compute its maps.
 
     Args:
-        backbone (NEPAViT): The network, in evaluation mode.
-        img (Tensor): (1, C, height, width), normalised; sides are multiples of the patch size.
+        backbone, img, layers: See :func:`forward_pass`; the attention of ``layers`` is averaged.
         query (int): Query patch, in raster order from 0.
-        layers (Sequence[int]): Blocks whose attention is averaged, from 0, ascending.
         heads (Sequence[int]): Heads to average, from 0.
         block (int): Block whose output is shown by its principal components.
         rollout (bool): See :func:`query_attention`. Defaults to False.
-        shift (int, optional): Number of patches that the outputs predict ahead, as in
-            :class:`NEPAHead`. 0 is treated as 1, as :class:`NEPAMonitorHook` does. None for a
-            network that does not predict. Defaults to None.
+        shift (int, optional): See :func:`predict_patches`. None for a network that does not
+            predict. Defaults to None.
 
     Returns:
         View: The maps.
     """
-    z, grid = backbone.embed(img)                                                # 1 N D
-    calls = []
-    handles = [backbone.layers[i].attn.register_forward_pre_hook(
-        lambda attn, args: calls.append((attn, *args))) for i in layers]
-    outs = backbone.encode(z, grid, (block, -1))                                 # 1 1+N D
-    for handle in handles:
-        handle.remove()
-    prefix, num_patches = backbone.num_extra_tokens, z.shape[1]
+    z, grid, calls, outs = forward_pass(backbone, img, layers, (block, -1))
+    prefix = backbone.num_extra_tokens
 
     def as_map(values):
         return values.float().cpu().unflatten(0, grid).numpy()
 
     attention = query_attention(calls, prefix + query, heads, rollout)
-    colours, variance = pca_colours(outs[0][0, prefix:])
+    colours, variance = pca_colours(outs[0][prefix:])
     seen = attention[prefix:].clone()
     if backbone.causal:
         seen[query + 1:] = torch.nan
@@ -142,16 +214,9 @@ def inspect_image(backbone: nn.Module, img: Tensor, query: int, layers: Sequence
                 variance)
     if shift is None:
         return view
-    shift = max(shift, 1)
-    z, h = (F.normalize(x[0].float(), dim=-1, eps=1e-12) for x in (z, outs[-1]))
-    # The output at patch t predicts patch t + shift; the class token predicts patch shift - 1; the
-    # last `shift` outputs predict nothing.
-    cls, h = h[0], h[prefix:]
-    next_cosine, lift = z.new_full((2, num_patches), torch.nan)
-    lift[shift:] = next_cosine[shift:] = (h[:-shift] * z[shift:]).sum(dim=-1)
-    next_cosine[shift - 1] = cls @ z[shift - 1]
-    lift[shift:] -= (h[:-shift] * z[:-shift]).sum(dim=-1)
-    view.next_cosine, view.lift = as_map(next_cosine), as_map(lift)
-    if query + shift < num_patches:
-        view.target, view.similarity = query + shift, as_map(z @ h[query])
+    predictions = predict_patches(backbone, z, outs[-1], shift)
+    view.next_cosine, view.lift = as_map(predictions.next_cosine), as_map(predictions.lift)
+    if query + max(shift, 1) < len(z):
+        view.target = query + max(shift, 1)
+        view.similarity = as_map(predictions.similarity[1 + query])
     return view

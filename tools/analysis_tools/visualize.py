@@ -1,16 +1,24 @@
-"""Visualize attention, features and predictions of a network, one figure per image.
+"""Visualize attention, features and predictions of a network: figures, or a page to explore.
 
     python tools/analysis_tools/visualize.py CONFIG CHECKPOINT IMAGE... [--query ROW COL] [--grid]
+    python tools/analysis_tools/visualize.py CONFIG CHECKPOINT IMAGE... --html page.html
 
-Shows the attention of a query patch and features as colours; for a pretraining model also its
-prediction at the query, how well every patch is predicted, and the lift over copying. Classifiers
-and segmentors do not predict. Files are read as in the config. With more than three channels the
-first three are shown as red, green and blue; one channel is shown as grey. Values other than 8-bit
-are stretched from the smallest to the largest.
+Writes one figure per image: the attention of a query patch and features as colours; for a
+pretraining model also its prediction at the query, how well every patch is predicted, and the lift
+over copying. Classifiers and segmentors do not predict.
+
+--html writes one page for all images instead. Open it in a browser, point at a patch, and see where
+it looks in each block and head, what the network expects next, how sure it is, and how much of that
+is beyond copying. The page needs no network and no server.
+
+Files are read as in the config. With more than three channels the first three are shown as red,
+green and blue; one channel is shown as grey. Values other than 8-bit are stretched from the
+smallest to the largest.
 """
 from nepa_mm_cli import CHECKPOINT_HELP, add_cfg_options, add_weights_argument, tool_parser
 
 SHEET = 16      # images on one contact sheet
+OF_FIGURES = ('seed', 'rollout', 'block', 'grid', 'out_dir')    # options without effect on a page
 
 
 def parse_args(argv=None):
@@ -19,28 +27,38 @@ def parse_args(argv=None):
     parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
     parser.add_argument('--query', nargs=2, type=int, metavar=('ROW', 'COL'),
-                        help='query patch, from 0 (default: a random one in each image)')
-    parser.add_argument('--seed', type=int, default=0, help='seed of random queries (default: 0)')
+                        help='query patch, from 0 (default: a random one in each image; on a page '
+                        'the middle one to begin with)')
+    parser.add_argument('--seed', type=int, help='seed of random queries (default: 0)')
     parser.add_argument('--layers', nargs='+', type=int, metavar='L',
                         help='layers whose attention is averaged, from 0 or from the end '
-                        '(default: the first two thirds, 0 to 15 of ViT-L as in the paper)')
+                        '(default: the first two thirds, 0 to 15 of ViT-L as in the paper; '
+                        'with --html, the blocks to choose from, default: all)')
     parser.add_argument('--heads', nargs='+', type=int, metavar='H',
                         help='heads to average, from 0 (default: all)')
-    parser.add_argument('--rollout', action='store_true',
+    parser.add_argument('--rollout', action='store_true', default=None,
                         help='follow attention through these layers instead of averaging them')
     parser.add_argument('--block', type=int,
                         help='block whose features are shown as colours, from 0 or from the end '
                         '(default: the last of the first two thirds)')
     parser.add_argument('--size', type=int, help='short side of the model input in pixels, '
                         "rounded to whole patches (default: the config's training crop)")
-    parser.add_argument('--grid', action='store_true',
+    parser.add_argument('--grid', action='store_true', default=None,
                         help=f'also write contact sheets of up to {SHEET} images')
-    parser.add_argument('--out-dir', default='visualization', help='where figures go (default: '
-                        'visualization)')
+    parser.add_argument('--out-dir', help='where figures go (default: visualization)')
+    parser.add_argument('--html', metavar='FILE', help='write this page instead of figures; if the '
+                        'file exists, the page gets the next free name')
     add_weights_argument(parser)
     parser.add_argument('--device', help="e.g. 'cpu' or 'cuda:1'; default: a GPU if there is one")
     add_cfg_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    given = [name for name in OF_FIGURES if getattr(args, name) is not None]
+    if args.html and not args.html.endswith('.html'):
+        parser.error(f'--html must name a file that ends in .html, got {args.html!r}.')
+    if args.html and given:
+        parser.error(f'--{given[0].replace("_", "-")} belongs to figures and cannot be combined '
+                     'with --html.')
+    return args
 
 
 if __name__ == '__main__':
@@ -62,7 +80,8 @@ from nepa_mm.checkpoints.loading import load_strict
 from nepa_mm.datasets.images import read_image, to_display_rgb
 from nepa_mm.models.vit import NEPAViT
 from nepa_mm.utils.nested import iter_dicts
-from nepa_mm.utils.outputs import page_names
+from nepa_mm.utils.outputs import free_path, page_names
+from nepa_mm.visualization.html_page import check_size, count_weights, describe_image, write_page
 from nepa_mm.visualization.image_maps import inspect_image
 from nepa_mm.visualization.pages import draw_page, draw_sheet
 
@@ -156,6 +175,17 @@ def resolve_indices(indices, num, flag, from_end=True):
     return sorted({i % num for i in indices})
 
 
+def why_no_prediction(kind, causal, shift):
+    """Return why a page shows no predictions, or None, and the shift of those that it shows."""
+    if shift is None:
+        return (f'The page shows no predictions: this {kind} was not trained to predict '
+                'embeddings.'), None
+    if not causal:
+        return ('The page shows no predictions: this network reads all patches at once, so every '
+                'output has seen the patch that it would have to predict.'), None
+    return None, shift
+
+
 def describe_indices(indices, num, noun):
     """Return e.g. 'layers 0-7 of 12'."""
     if len(indices) == num:
@@ -186,31 +216,46 @@ def main(argv=None):
         patch_size = backbone.patch_embed.patch_size
         size = training_size(cfg) if args.size is None else args.size
         images = [load_image(path, cfg, size, patch_size) for path in args.images]
-        rng = np.random.default_rng(args.seed)
+        rng = np.random.default_rng(args.seed or 0)
         grids = [(image.shape[0] // patch_size[0], image.shape[1] // patch_size[1])
                  for image in images]
         queries = [choose_query(args.query, path, grid, shift, rng)
                    for path, grid in zip(args.images, grids)]
-        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        if args.html:
+            layers = layers if args.layers else list(range(num_layers))
+            check_size(count_weights(grids, backbone.num_extra_tokens, len(layers), len(heads),
+                                     backbone.causal))
+        out = Path(args.html).parent if args.html else Path(args.out_dir or 'visualization')
+        out.mkdir(parents=True, exist_ok=True)
     source = args.checkpoint
     if '://' not in source:
         source = '/'.join(Path(source).parts[-2:])
     source += f' ({weights} weights)'
+    titles = [Path(path).name for path in args.images]
+    if len(set(titles)) < len(titles):
+        titles = ['/'.join(Path(path).parts[-2:]) for path in args.images]
+    inputs = (normalise(image, cfg, backbone.cls_token.device) for image in images)
+    if args.html:
+        note, shift = why_no_prediction(cfg.model.type, backbone.causal, shift)
+        entries = [describe_image(backbone, img, name, to_display_rgb(image), layers, heads, shift)
+                   for img, name, image in zip(inputs, titles, images)]
+        page = free_path(args.html)
+        write_page(page, entries, backbone, layers, heads, source, note, shift,
+                   args.query)
+        print(page)
+        return
     settings = dict(
         attention=f'{"rollout" if args.rollout else "mean"} over '
                   f'{describe_indices(layers, num_layers, "layer")}, '
                   f'{describe_indices(heads, num_heads, "head")}',
         pca=describe_indices([block], num_layers, 'block'))
-    sheets = ['grid'] * (args.grid * math.ceil(len(images) / SHEET))
-    pages = page_names([*args.images, *sheets], args.out_dir)
-    titles = [Path(path).name for path in args.images]
-    if len(set(titles)) < len(titles):
-        titles = ['/'.join(Path(path).parts[-2:]) for path in args.images]
+    sheets = ['grid'] * (math.ceil(len(images) / SHEET) if args.grid else 0)
+    pages = page_names([*args.images, *sheets], out)
     entries = []
-    for name, image, query in zip(titles, images, queries):
+    for name, image, img, query in zip(titles, images, inputs, queries):
         page = next(pages)
-        view = inspect_image(backbone, normalise(image, cfg, backbone.cls_token.device), query,
-                             layers, heads, block, args.rollout, shift)
+        view = inspect_image(backbone, img, query, layers, heads, block, bool(args.rollout),
+                             shift)
         image = to_display_rgb(image)
         draw_page(page, name, image, view, source, settings, backbone.causal)
         print(page)
