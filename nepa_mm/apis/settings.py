@@ -108,6 +108,8 @@ def _check_kind(name, old, new):
              (int, float): 'a number'}
     for kind, what in kinds.items():
         if isinstance(old, kind):
+            if new is None and kind is str:
+                return      # pretrained=None
             if not isinstance(new, kind) or isinstance(new, bool) and kind is not bool:
                 hint = f'; write {name}="\'{new}\'"' if kind is str else ''
                 raise ValueError(f'{name} must be {what} (the file has {old!r}), got {new!r}'

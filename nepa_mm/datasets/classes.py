@@ -214,6 +214,7 @@ def skipped_images(dataset: Dataset, whose: str) -> list[str]:
             continue
         folder = base.img_prefix
         seen = {os.path.normpath(base.get_data_info(i)['img_path']) for i in range(len(base))}
+        seen |= getattr(base, 'left_out', set())    # those of the other split
         skipped = [path for path in _find_images(folder) if path not in seen]
         if skipped:
             sentences.append(f'{whose}: {len(skipped)} images below {folder} are skipped, e.g. '
