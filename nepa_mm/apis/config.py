@@ -52,7 +52,7 @@ def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
 def apply_settings(cfg: Config, options: Mapping) -> tuple[Config, dict]:
     """Evaluate the file of a config with the options that are its settings.
 
-    A setting is a literal at the top of the file that the Runner does not read itself.
+    Literals that the Runner reads itself, such as ``resume``, are no settings.
 
     Args:
         cfg (Config): The config, as read from its file.
@@ -64,6 +64,8 @@ def apply_settings(cfg: Config, options: Mapping) -> tuple[Config, dict]:
     Raises:
         ValueError: A name resembles a setting, or :func:`evaluate_with` rejects a value.
     """
+    if all('.' in name for name in options):
+        return cfg, dict(options)
     read = runner_keys(cfg)
     settings = {name: value for name, value in find_settings(cfg.filename).items()
                 if name not in read}
@@ -75,17 +77,8 @@ def apply_settings(cfg: Config, options: Mapping) -> tuple[Config, dict]:
                              f'{meant}.')
     if not chosen:
         return cfg, dict(options)
-    new = evaluate_with(cfg, chosen)
-    for name in chosen:
-        # a file that a run saved still has the names, but derives nothing from them
-        same = evaluate_with(cfg, {other: chosen[other] for other in chosen if other != name})
-        if chosen[name] != settings[name] and _values(new, name) == _values(same, name):
-            return cfg, dict(options)
-    return new, {name: value for name, value in options.items() if name not in chosen}
-
-
-def _values(cfg, name):
-    return {key: value for key, value in cfg.to_dict().items() if key != name}
+    return evaluate_with(cfg, chosen), {
+        name: value for name, value in options.items() if name not in chosen}
 
 
 def is_segmentation(cfg: Config) -> bool:

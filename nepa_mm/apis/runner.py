@@ -208,7 +208,8 @@ def fill_dataloaders(cfg: Config) -> None:
         loader.persistent_workers = has_workers and loader.get('persistent_workers', True)
         for dataset in iter_dicts(loader):
             if type_name(dataset) in FOLDERS:
-                dataset.setdefault('extensions', IMAGE_SUFFIXES)
+                if type_name(dataset) == 'CustomDataset':
+                    dataset.setdefault('extensions', IMAGE_SUFFIXES)
                 if (cfg.model.get('type') == 'NEPA' and name == 'train_dataloader'
                         and not dataset.get('ann_file')):
                     dataset.with_label = False

@@ -13,10 +13,10 @@ from nepa_mm.utils.text import joined
 
 
 def find_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the settings of a config file: the literals that it assigns before anything else.
+    """Return the settings of a config file: literals at its top whose names it reads below.
 
     ``_base_``, imports and the docstring may stand between them. The first other statement ends the
-    settings.
+    settings. A file that a run saved has none: its values are derived already.
 
     Args:
         path (str | Path): The config file. Only Python files have settings.
@@ -87,6 +87,8 @@ def _name(node):
 
 def _assignments(tree):
     """Return (name, statement) of each setting of a parsed file."""
+    read = {node.id for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     found = []
     for node in tree.body:
         if (isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))
@@ -98,7 +100,8 @@ def _assignments(tree):
             ast.literal_eval(node.value)
         except (ValueError, TypeError, SyntaxError):
             break
-        found.append((_name(node), node))
+        if _name(node) in read:
+            found.append((_name(node), node))
     return found
 
 

@@ -29,8 +29,8 @@ class ImageFolder(CustomDataset):
         split (str, optional): 'train' or 'val'. Defaults to None: the whole folder.
         val_fraction (float): Part of every class that is kept for validation if there is no folder
             ``val``. Defaults to 0.2.
-        **kwargs: Other arguments of CustomDataset; ``extensions`` defaults to the suffixes of all
-            common formats that Pillow reads.
+        **kwargs: Other arguments of CustomDataset; ``extensions`` defaults to ``.npy`` and the
+            suffixes of all common formats that Pillow reads.
 
     Raises:
         ValueError: ``split`` or ``val_fraction`` is invalid, or there is ``val`` without ``train``.
@@ -42,7 +42,7 @@ class ImageFolder(CustomDataset):
         check_split(split, val_fraction)
         self.split, self.val_fraction = split, val_fraction
         self.left_out = set()       # images of the other part, as paths
-        kwargs.setdefault('extensions', IMAGE_SUFFIXES)
+        kwargs.setdefault('extensions', (*IMAGE_SUFFIXES, '.npy'))
         root = os.path.expanduser(data_root)
         self.divided = split is not None and not kwargs.get('data_prefix') and split_folders(
             root, [entry.name for entry in os.scandir(root) if entry.is_dir()])
@@ -52,19 +52,20 @@ class ImageFolder(CustomDataset):
 
     def load_data_list(self) -> list[dict]:
         """The images of the split, sorted by path."""
+        folder = os.path.normpath(self.img_prefix)
         if self.with_label and not self.ann_file and not any(
-                entry.is_dir() for entry in os.scandir(self.img_prefix)):
-            raise DataError(f'{self.img_prefix} has no folders of classes.')
+                entry.is_dir() for entry in os.scandir(folder)):
+            raise DataError(f'{folder} has no folders of classes.')
         infos = super().load_data_list()
         for info in infos:
             info['img_path'] = os.path.normpath(info['img_path'])
         kinds = Counter(os.path.splitext(info['img_path'])[1].lower() for info in infos)
-        found = (f'{len(infos)} images in {os.path.normpath(self.img_prefix)} ('
+        found = (f'{len(infos)} images in {folder} ('
                  + listed((f'{num} {kind}' for kind, num in kinds.most_common()), 8) + ')')
         if self.split and not self.divided:
             names = {}      # of each class, relative to the folder: a moved folder is divided alike
             for info in infos:
-                name = os.path.relpath(info['img_path'], self.img_prefix)
+                name = os.path.relpath(info['img_path'], folder)
                 names.setdefault(info.get('gt_label'), {})[name] = info['img_path']
             val = {of_class[name] for of_class in names.values()
                    for name in held_out(of_class, self.val_fraction)}
@@ -79,6 +80,12 @@ class ImageFolder(CustomDataset):
             found += '; classes: ' + listed(
                 (f'{name} {classes[label]}' for label, name in enumerate(names)), 20)
         if not infos:
-            raise DataError(f'No image is left for split={self.split!r} in {self.img_prefix}.')
-        print_log(f'Found {found}.', logger='current')
+            raise DataError(f'No image is left for split={self.split!r} in {folder}.')
+        self.found = found
         return infos
+
+    def full_init(self) -> None:
+        """Load the list of images and log what was found."""
+        if not self._fully_initialized:
+            super().full_init()
+            print_log(f'Found {self.found}.', logger='current')

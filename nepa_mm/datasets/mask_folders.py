@@ -38,8 +38,8 @@ class ImageMaskFolder(BaseSegDataset):
         split (str, optional): 'train' or 'val'. Defaults to None: all images.
         val_fraction (float): Part of the images that is kept for validation if there is no folder
             ``val``. Defaults to 0.2.
-        img_suffix (tuple[str]): Suffixes of images, in lower or upper case. Defaults to those of
-            all common formats that Pillow reads.
+        img_suffix (tuple[str]): Suffixes of images, in lower or upper case. Defaults to ``.npy``
+            and those of all common formats that Pillow reads.
         **kwargs: Other arguments of BaseSegDataset, e.g. ``metainfo=dict(classes=...)``.
 
     Raises:
@@ -49,7 +49,7 @@ class ImageMaskFolder(BaseSegDataset):
     def __init__(self, data_root: str,
                  data_prefix: dict = dict(img_path='images', seg_map_path='masks'),
                  split: str | None = None, val_fraction: float = 0.2,
-                 img_suffix: tuple[str, ...] = IMAGE_SUFFIXES, **kwargs: Any):
+                 img_suffix: tuple[str, ...] = (*IMAGE_SUFFIXES, '.npy'), **kwargs: Any):
         check_split(split, val_fraction)
         self.split, self.val_fraction = split, val_fraction
         self.left_out = set()       # images and masks of the other part, as paths
@@ -70,7 +70,7 @@ class ImageMaskFolder(BaseSegDataset):
             if name.lower().endswith(self.img_suffix))
         mask_of = {name: os.path.splitext(name)[0] + self.seg_map_suffix for name in names}
         kept = set(names)
-        found = f'{len(names)} images in {images}'
+        found = f'{len(names)} images in {os.path.normpath(images)}'
         if self.split and not self.divided:
             val = held_out(names, self.val_fraction)
             kept = val if self.split == 'val' else kept - val
@@ -78,8 +78,14 @@ class ImageMaskFolder(BaseSegDataset):
                 os.path.normpath(os.path.join(folder, file)) for name in set(names) - kept
                 for folder, file in ((images, name), (masks, mask_of[name])) if folder}
             found += f'; {len(kept)} of them are for {self.split}, chosen by file name'
-        print_log(f'Found {found}.', logger='current')
+        self.found = found
         return [dict(img_path=os.path.join(images, name), label_map=self.label_map,
                      reduce_zero_label=self.reduce_zero_label, seg_fields=[],
                      **(dict(seg_map_path=os.path.join(masks, mask_of[name])) if masks else {}))
                 for name in names if name in kept]
+
+    def full_init(self) -> None:
+        """Load the list of images and log what was found."""
+        if not self._fully_initialized:
+            super().full_init()
+            print_log(f'Found {self.found}.', logger='current')
