@@ -44,7 +44,8 @@ def save_scenes(channels=3):
         for folder in ('images', 'masks'):
             Path('data/scenes', folder).mkdir(parents=True, exist_ok=True)
         if channels == 3:
-            Image.fromarray(pixels).save(f'data/scenes/images/{index}.{"jpg webp".split()[index % 2]}')
+            suffix = ('jpg', 'webp')[index % 2]
+            Image.fromarray(pixels).save(f'data/scenes/images/{index}.{suffix}')
         else:
             Image.fromarray(pixels[..., 0]).save(f'data/scenes/images/{index}.png')
         Image.fromarray(mask).save(f'data/scenes/masks/{index}.png')
@@ -175,7 +176,7 @@ def test_grey_segmentation(folder):
     ('finetune', [], "'work_dirs/pretrain/epoch_60.pth', .* does not exist"),
     ('finetune', ['data_root=data/classes/cat', 'pretrained=None'],
      'has images, but no folders of classes'),
-    ('finetune', ['num_clases=3'], 'nothing reads num_clases; the nearest setting of .* is num_cla'),
+    ('finetune', ['num_clases=3'], 'nothing reads num_clases; the nearest setting of .* is num'),
     ('upernet', ['pretrained=None', 'classes=only,'], 'single logit'),
     ('upernet', ['pretrained=None', 'classes=background,thing'], 'data/scenes/masks/4.png .* 9'),
 ])

@@ -3,10 +3,10 @@
 Data:     data_root and all folders in it. Unreadable images are named and replaced by others.
 Command:  python tools/train.py configs/custom/pretrain.py --cfg-options data_root=data/photos
 
-Change the settings here, in a copy of this file in any folder, or by --cfg-options. Everything below
-them follows. The values train on a few hundred images on a CPU. On a GPU take ViT-S: image_size 160 or
-224, patch_size 16, embed_dims 384, num_layers 12, num_heads 6, batch_size 256, num_workers 8, and 800
-epochs or more.
+Change the settings here, in a copy of this file in any folder, or by --cfg-options. Everything
+below them follows. The values train on a few hundred images on a CPU. On a GPU take ViT-S:
+image_size 160 or 224, patch_size 16, embed_dims 384, num_layers 12, num_heads 6, batch_size 256,
+num_workers 8, and 800 epochs or more.
 """
 _base_ = [
     'nepa_mm::_base_/models/nepa_vit-b.py',

@@ -1,8 +1,8 @@
 """Segmentation of your own images with UPerNet, from the checkpoint of pretrain.py.
 
-Data:     data_root/images/* and data_root/masks/* with the same names; masks are PNGs of one class
-          index per pixel, 255 is ignored. A part is kept for validation, chosen by file name, unless
-          both folders hold train and val.
+Data:     data_root/images/* and data_root/masks/* with the same names; masks are PNGs of one
+          class index per pixel, 255 is ignored. A part is kept for validation, chosen by file
+          name, unless both folders hold train and val.
 Command:  python tools/train.py configs/custom/upernet.py \
               --cfg-options data_root=data/scenes classes=background,cat,dog
 From scratch, with the same recipe:  pretrained=None
@@ -118,8 +118,7 @@ val_cfg = test_cfg = dict()
 auto_scale_lr = dict(base_batch_size=batch_size)
 
 visualizer = dict(
-    _delete_=True, type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')],
-    name='visualizer')
+    _delete_=True, type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 custom_hooks = [dict(type='ModelEMAHook', run_fraction=0.05)]
 default_hooks = dict(
     checkpoint=dict(interval=max(epochs // 5, 1)),

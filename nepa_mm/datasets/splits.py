@@ -9,8 +9,8 @@ SPLITS = ('train', 'val')
 def held_out(names: Iterable[str], val_fraction: float) -> set[str]:
     """Choose the names that are kept for validation.
 
-    The choice depends on the names only: not on their order, a seed or the machine. A new file moves
-    at most a few others from one part to the other.
+    The choice depends on the names only, not on their order, a seed or the machine. A new file
+    moves at most one other from one part to the other.
 
     Args:
         names (Iterable[str]): Names of files, e.g. all of one class.
