@@ -74,6 +74,13 @@ def test_the_same_value_is_no_error(child):
     assert apis.load_config(child, {'epochs': 1}).train_cfg.max_epochs == 1
 
 
+def test_a_setting_that_the_tool_does_not_read(child):
+    with refused(r'epochs has no effect here: this tool reads custom_imports, .* follows it'):
+        load_tool('knn').main([str(child), 'none.pth', *options('epochs=2')])
+    with refused('no labelled train_dataloader'):       # the next check
+        load_tool('knn').main([str(child), 'none.pth', *options('data_root=elsewhere')])
+
+
 def test_a_demo(folder):
     cfg = apis.load_config(REPO / 'configs/demo/digits_finetune.py', {'num_labels': 50})
     assert cfg.train_dataloader.dataset.num_labels == 50

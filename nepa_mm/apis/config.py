@@ -41,7 +41,7 @@ def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
     flags = dict(launcher='use the flag --launcher')
     if work_dir:
         flags['work_dir'] = f'--work-dir {work_dir} is given as well'
-    cfg, options = apply_settings(cfg, cfg_options or {})
+    cfg, options = apply_settings(cfg, cfg_options or {}, reads)
     merge_options(cfg, options, reads, {**flags, **(unread or {})})
     name = os.path.splitext(os.path.basename(path))[0]
     cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', name)
@@ -49,7 +49,8 @@ def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
     return cfg
 
 
-def apply_settings(cfg: Config, options: Mapping) -> tuple[Config, dict]:
+def apply_settings(cfg: Config, options: Mapping, reads: Iterable[str] | None = None
+                   ) -> tuple[Config, dict]:
     """Evaluate the file of a config with the options that are its settings.
 
     Literals that the Runner reads itself, such as ``resume``, are no settings.
@@ -57,12 +58,14 @@ def apply_settings(cfg: Config, options: Mapping) -> tuple[Config, dict]:
     Args:
         cfg (Config): The config, as read from its file.
         options (dict): ``--cfg-options``.
+        reads (Iterable[str], optional): Top-level keys that the tool reads. Defaults to None: all.
 
     Returns:
         tuple[Config, dict]: The new config, and the other options.
 
     Raises:
-        ValueError: A name resembles a setting, or :func:`evaluate_with` rejects a value.
+        ValueError: A name resembles a setting, nothing that the tool reads follows a setting, or
+            :func:`evaluate_with` rejects a value.
     """
     if all('.' in name for name in options):
         return cfg, dict(options)
@@ -77,6 +80,11 @@ def apply_settings(cfg: Config, options: Mapping) -> tuple[Config, dict]:
                              f'{meant}.')
     if not chosen:
         return cfg, dict(options)
+    for name, value in chosen.items() if reads else ():
+        one = evaluate_with(cfg, {name: value})
+        if value != settings[name] and all(one.get(key) == cfg.get(key) for key in reads):
+            raise ValueError(f'{name} has no effect here: this tool reads '
+                             f'{", ".join(sorted(reads))}, and none of them follows it.')
     return evaluate_with(cfg, chosen), {
         name: value for name, value in options.items() if name not in chosen}
 
