@@ -28,9 +28,9 @@ flip = 0.5              # probability of mirroring; 0 for text, digits and maps
 embed_dims = 128        # the network
 num_layers = 6          # at least 4
 num_heads = 4
-epochs = 50
+epochs = 30
 batch_size = 8          # of one GPU or the CPU
-lr = 1e-3
+lr = 2e-3
 decoder_channels = 64   # 512 on a GPU
 num_workers = 2         # processes that read images
 
