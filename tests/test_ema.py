@@ -237,3 +237,12 @@ def test_evaluation_line_is_logged_for_raw_weights(tmp_path, caplog):
     logger.addHandler(caplog.handler)
     runner.train()
     assert caplog.text.index('EMA weights') < caplog.text.index('names end in _raw')
+
+
+def test_fraction_of_the_run_is_checked():
+    """Its effect is tested in test_custom.py."""
+    for fraction in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f'run_fraction must be .* got {fraction}'):
+            ModelEMAHook(run_fraction=fraction)
+    with pytest.raises(ValueError, match='run_fraction or momentum, not both: got 0.1 and 0.01'):
+        ModelEMAHook(run_fraction=0.1, momentum=0.01)

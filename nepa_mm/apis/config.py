@@ -8,6 +8,8 @@ from pathlib import Path
 from mmengine.config import Config
 
 from nepa_mm.apis.cfg_options import merge_options
+from nepa_mm.apis.config_keys import runner_keys
+from nepa_mm.apis.settings import evaluate_with, find_settings, nearest_setting
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 from nepa_mm.compat.quiet import quiet_imports
 from nepa_mm.utils.nested import iter_dicts
@@ -34,7 +36,8 @@ def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
 
     Args:
         path (str | Path): The config file.
-        cfg_options (dict, optional): ``--cfg-options``; overrides the file.
+        cfg_options (dict, optional): ``--cfg-options``; overrides the file. An option that names
+            a setting, a literal at the top of the file, changes all that the file derives from it.
         work_dir (str, optional): ``--work-dir``; overrides the file. Without both, ``work_dir`` is
             ``work_dirs/<name of the config>``.
         launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
@@ -51,11 +54,52 @@ def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
     flags = dict(launcher='use the flag --launcher')
     if work_dir:
         flags['work_dir'] = f'--work-dir {work_dir} is given as well'
-    merge_options(cfg, cfg_options or {}, reads, {**flags, **(unread or {})})
+    cfg, options = apply_settings(cfg, cfg_options or {}, reads)
+    merge_options(cfg, options, reads, {**flags, **(unread or {})})
     name = os.path.splitext(os.path.basename(path))[0]
     cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', name)
     cfg.launcher = launcher
     return cfg
+
+
+def apply_settings(cfg: Config, options: Mapping, reads: Iterable[str] | None = None
+                   ) -> tuple[Config, dict]:
+    """Evaluate the file of a config with the options that are its settings.
+
+    Literals that the Runner reads itself, such as ``resume``, are no settings.
+
+    Args:
+        cfg (Config): The config, as read from its file.
+        options (dict): ``--cfg-options``.
+        reads (Iterable[str], optional): Top-level keys that the tool reads. Defaults to None: all.
+
+    Returns:
+        tuple[Config, dict]: The new config, and the other options.
+
+    Raises:
+        ValueError: A name resembles a setting, nothing that the tool reads follows a setting, or
+            :func:`evaluate_with` rejects a value.
+    """
+    if all('.' in name for name in options):
+        return cfg, dict(options)
+    read = runner_keys(cfg)
+    settings = {name: value for name, value in find_settings(cfg.filename).items()
+                if name not in read}
+    chosen = {name: options[name] for name in settings if name in options}
+    for name in options:
+        meant = nearest_setting(name, settings)
+        if name not in cfg and name not in read and meant:
+            raise ValueError(f'nothing reads {name}; the nearest setting of {cfg.filename} is '
+                             f'{meant}.')
+    if not chosen:
+        return cfg, dict(options)
+    for name, value in chosen.items() if reads else ():
+        one = evaluate_with(cfg, {name: value})
+        if value != settings[name] and all(one.get(key) == cfg.get(key) for key in reads):
+            raise ValueError(f'{name} has no effect here: this tool reads '
+                             f'{", ".join(sorted(reads))}, and none of them follows it.')
+    return evaluate_with(cfg, chosen), {
+        name: value for name, value in options.items() if name not in chosen}
 
 
 def is_segmentation(cfg: Config) -> bool:

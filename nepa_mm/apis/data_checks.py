@@ -9,10 +9,12 @@ from nepa_mm.datasets.images import IMAGE_SUFFIXES
 from nepa_mm.utils.nested import iter_dicts
 
 MAX_TRIED = 1000    # images whose existence is checked per annotation file; network disks are slow
+FOLDERS = ('CustomDataset', 'ImageFolder')
 # Expected layouts of the data sets in our configs, below `data_root`.
 LAYOUTS = dict(
     ImageNet='{root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG',
     CustomDataset='folders of images, one per class',
+    ImageFolder='{root}/<class>/* or {root}/{{train,val}}/<class>/*',
     ADE20KDataset='{root}/images/{{training,validation}}/*.jpg and '
                   '{root}/annotations/{{training,validation}}/*.png')
 
@@ -20,8 +22,9 @@ LAYOUTS = dict(
 def check_data(cfg: Config, *loaders: str) -> None:
     """Reject data sets whose folders are missing or hold no image.
 
-    Checks data sets that read a folder: those with a ``data_prefix``, ``ImageNet`` and
-    ``CustomDataset``. Data sets that download or generate their images are skipped.
+    Checks data sets that read a folder: those with a ``data_prefix``, ``ImageNet``,
+    ``CustomDataset`` and ``ImageFolder``. Data sets that download or generate their images are
+    skipped.
 
     Args:
         cfg (Config): The config.
@@ -33,16 +36,17 @@ def check_data(cfg: Config, *loaders: str) -> None:
     for name in loaders:
         for dataset in iter_dicts((cfg.get(name) or {}).get('dataset', {})):
             kind = type_name(dataset)
-            if 'data_prefix' not in dataset and kind not in ('ImageNet', 'CustomDataset'):
+            if 'data_prefix' not in dataset and kind not in (*FOLDERS, 'ImageNet'):
                 continue
             root = dataset.get('data_root') or ''
-            prefixes = dataset.get('data_prefix') or dataset.get('split') or ''
+            prefixes = dataset.get('data_prefix') or (
+                dataset.get('split') if kind == 'ImageNet' else '') or ''
             prefixes = prefixes.values() if isinstance(prefixes, dict) else [prefixes]
             wanted = [os.path.join(root, prefix) for prefix in prefixes]
             if dataset.get('ann_file'):
                 wanted.append(os.path.join(root, dataset['ann_file']))
             labelled = kind == 'ImageNet' or (
-                kind == 'CustomDataset' and dataset.get('with_label', True)
+                kind in FOLDERS and dataset.get('with_label', True)
                 and (cfg.get('model') or {}).get('type') != 'NEPA')
             for path in wanted:
                 problem = _find_problem(path, labelled and not dataset.get('ann_file'))
@@ -52,7 +56,7 @@ def check_data(cfg: Config, *loaders: str) -> None:
                         f'{name}: {path!r} {problem}' + (f'; expected {layout}' if layout else '')
                         + f' (relative to {os.getcwd()}; {name}.dataset.data_root sets another '
                         'folder).')
-            if kind == 'CustomDataset' and dataset.get('ann_file') and os.path.isfile(wanted[-1]):
+            if kind in FOLDERS and dataset.get('ann_file') and os.path.isfile(wanted[-1]):
                 check_annotations(wanted[-1], wanted[0], dataset.get('with_label', True), name)
 
 

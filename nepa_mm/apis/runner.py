@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from nepa_mm.apis.channel_checks import type_name
 from nepa_mm.apis.config import LOADERS, check_complete, is_segmentation, keep_config_file
+from nepa_mm.apis.data_checks import FOLDERS
 from nepa_mm.apis.run_check import RunCheckHook
 from nepa_mm.apis.run_summary import TimeEstimateHook, log_summary
 from nepa_mm.apis.schedule_checks import check_batches, check_length
@@ -214,8 +215,9 @@ def fill_dataloaders(cfg: Config) -> None:
         has_workers = loader.get('num_workers', 0) > 0
         loader.persistent_workers = has_workers and loader.get('persistent_workers', True)
         for dataset in iter_dicts(loader):
-            if type_name(dataset) == 'CustomDataset':
-                dataset.setdefault('extensions', IMAGE_SUFFIXES)
+            if type_name(dataset) in FOLDERS:
+                if type_name(dataset) == 'CustomDataset':
+                    dataset.setdefault('extensions', IMAGE_SUFFIXES)
                 if (cfg.model.get('type') == 'NEPA' and name == 'train_dataloader'
                         and not dataset.get('ann_file')):
                     dataset.with_label = False

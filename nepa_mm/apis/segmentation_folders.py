@@ -67,6 +67,7 @@ def check_folders(dataset: Dataset, name: str) -> list[str]:
     if lists_files(dataset):
         return []       # unused files are intended
     used = {os.path.normpath(info[key]) for info in infos for key in ('img_path', 'seg_map_path')}
+    used |= getattr(dataset, 'left_out', set())     # those of the other split
     in_masks = [path for path in list_files(masks, dataset) if path.endswith(suffix)]
     left = [path for path in list_files(images, dataset)
             if path.lower().endswith(IMAGE_SUFFIXES) and path not in used and path not in in_masks]

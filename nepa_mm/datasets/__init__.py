@@ -1,6 +1,7 @@
 """Datasets and transforms; importing this package registers them."""
 from . import collate, transforms  # noqa: F401
 from .digits import Digits
+from .folders import ImageFolder
 from .imagenet_shards import ImageNetShards
 
-__all__ = ['Digits', 'ImageNetShards']
+__all__ = ['Digits', 'ImageFolder', 'ImageNetShards']

@@ -212,8 +212,9 @@ def skipped_images(dataset: Dataset, whose: str) -> list[str]:
         if (not hasattr(base, 'extensions') or base.ann_file or not os.path.isdir(base.img_prefix)
                 or getattr(base, '_indices', None) is not None):
             continue
-        folder = base.img_prefix
+        folder = os.path.normpath(base.img_prefix)
         seen = {os.path.normpath(base.get_data_info(i)['img_path']) for i in range(len(base))}
+        seen |= getattr(base, 'left_out', set())    # those of the other split
         skipped = [path for path in find_images(folder) if path not in seen]
         if skipped:
             sentences.append(f'{whose}: {len(skipped)} images below {folder} are skipped, e.g. '

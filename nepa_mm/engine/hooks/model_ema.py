@@ -1,4 +1,5 @@
 """EMA weights, evaluated and saved beside the raw weights."""
+import math
 from contextlib import contextmanager
 
 import torch
@@ -49,18 +50,29 @@ class ModelEMAHook(EMAHook):
         ema_type (str): Registered averaged model. Defaults to 'MultiTensorEMA'.
         evaluate_on_ema (bool): Whether to evaluate the EMA weights. Defaults to True.
         evaluate_on_origin (bool): Whether to evaluate the raw weights. Defaults to False.
+        run_fraction (float, optional): Fraction of the run's updates over which the EMA weights
+            average; sets ``momentum`` to 1 / (run_fraction x updates), at most 0.5. For runs of
+            unknown length; the paper's momentum is 0.02 of its run. Defaults to None.
         **kwargs: ``strict_load``, ``begin_iter`` and ``begin_epoch`` of the parent class,
             and arguments of ``ema_type`` such as ``momentum``.
 
     Raises:
-        ValueError: ``begin_iter``, ``begin_epoch``, ``update_buffers`` or ``device`` is set
+        ValueError: ``run_fraction`` is not above 0 and up to 1, or ``momentum`` is given, too; or
+            ``begin_iter``, ``begin_epoch``, ``update_buffers`` or ``device`` is set
             in a sharded run (:class:`nepa_mm.engine.FSDPRunner`).
     """
 
     ema_in_model = False
 
-    def __init__(self, ema_type: str = 'MultiTensorEMA', **kwargs):
+    def __init__(self, ema_type: str = 'MultiTensorEMA', run_fraction: float | None = None,
+                 **kwargs):
+        if run_fraction is not None and not 0 < run_fraction <= 1:
+            raise ValueError(f'run_fraction must be above 0 and up to 1, got {run_fraction}.')
+        if run_fraction is not None and 'momentum' in kwargs:
+            raise ValueError('Give run_fraction or momentum, not both: got '
+                             f'{run_fraction} and {kwargs["momentum"]}.')
         super().__init__(ema_type=ema_type, **kwargs)
+        self.run_fraction = run_fraction
 
     def _place_ema(self, in_model):
         """Swap the EMA weights into the model or out of it, unless they are there already."""
@@ -80,6 +92,12 @@ class ModelEMAHook(EMAHook):
                 raise ValueError(f'With FSDPRunner {type(self).__name__} averages the shards from '
                                  f'the first update on: remove {", ".join(odd)}.')
         if getattr(self, 'src_model', None) is not model:
+            if self.run_fraction and runner.max_iters:      # 0 in a test
+                counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+                updates = math.ceil(runner.max_iters / counts)
+                self.ema_cfg['momentum'] = min(1 / (self.run_fraction * updates), 0.5)
+                print_log(f'EMA: momentum {self.ema_cfg["momentum"]:.2g} for {updates} updates.',
+                          logger='current')
             self.src_model = model
             self.ema_model = MODELS.build(self.ema_cfg, default_args=dict(model=model))
 
