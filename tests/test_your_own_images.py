@@ -76,7 +76,7 @@ def run(words):
 def test_every_command(new_user, capsys):
     found = commands()
     assert [Path(words[1]).stem for words in found] == [
-        'train', 'plot_log', 'visualize', 'knn', 'train', 'train', 'predict', 'train', 'predict',
+        'train', 'plot_log', 'visualize', 'visualize', 'knn', 'train', 'train', 'predict', 'train', 'predict',
         'export', 'publish_model']
     results = {}
     for words in found:
@@ -94,7 +94,9 @@ def test_every_command(new_user, capsys):
     assert len(list(Path('predictions/classes').glob('*.png'))) == 3
     labels = sorted(Path('predictions/masks/labels').glob('*.png'))
     assert len(labels) == 3 and all(np.asarray(Image.open(path)).max() < 4 for path in labels)
-    assert Path('classifier.onnx').is_file() and len(list(Path().glob('classifier_*-*'))) == 1
+    assert Path('pretrain.html').is_file()
+    assert len(Path('classes.csv').read_text().splitlines()) == 4       # with the header
+    assert Path('classifier.onnx').is_file() and Path('classifier/README.md').is_file()
     # what the page quotes
     assert 'Found 30 images in data/photos (8 .' in ''.join(
         path.read_text() for path in Path('work_dirs/pretrain').glob('*/*.log'))
