@@ -99,6 +99,8 @@ class Training:
     """
 
     WARMUP = 10
+    # a GPU would wait for a process that both loads data and launches kernels
+    WORKERS = dict(num_workers=2, pin_memory=True) if torch.cuda.is_available() else {}
 
     def __init__(self, configs, network, batch, iterations, bf16):
         self.bases, self.network, self.bf16 = configs / '_base_', network, bf16
@@ -107,8 +109,7 @@ class Training:
         cfg.model.backbone.update(network)
         cfg.optim_wrapper.update(accumulative_counts=1, bf16_on_cpu=bf16)
         cfg.train_dataloader = dict(
-            batch_size=batch, num_workers=0, pin_memory=torch.cuda.is_available(),
-            collate_fn=dict(type='default_collate'),
+            batch_size=batch, collate_fn=dict(type='default_collate'), **self.WORKERS,
             sampler=dict(type='DefaultSampler', shuffle=False),
             dataset=dict(type='NoiseImages', num=batch * self.iterations))
         cfg.param_scheduler.warmup = 0
@@ -151,7 +152,7 @@ class Training:
         average = [p.detach().clone() for p in parameters]
         batches = iter(DataLoader(
             NoiseImages(self.batch * self.iterations), self.batch, collate_fn=default_collate,
-            pin_memory=torch.cuda.is_available()))
+            **self.WORKERS))
 
         def iteration():
             batch = next(batches)
