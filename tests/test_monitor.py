@@ -209,6 +209,15 @@ def test_warnings(tmp_path, kind, message):
     assert f'{evidence} {value:.4f}' in lines[0]
 
 
+def test_an_interval_that_follows_the_length_of_the_run(tmp_path):
+    runner = run(nepa(), tmp_path, dict(type='NEPAMonitorHook', interval=None))
+    assert len(runner.message_hub.get_scalar('train/lift').data[0]) == runner.max_iters == 10
+    for length, interval in ((99, 1), (450, 4), (10_000, 100), (500_000, 100)):
+        hook = NEPAMonitorHook(interval=None)
+        hook.before_run(SimpleNamespace(max_iters=length))
+        assert hook.interval == interval
+
+
 def test_short_runs_are_not_judged_as_copies(tmp_path):
     run_made_up('copying', tmp_path, copy_grace=1000)
     assert ' at iteration ' not in log_of(tmp_path)

@@ -67,7 +67,7 @@ auto_scale_lr = dict(base_batch_size=batch_size)
 
 custom_hooks = [
     dict(type='ModelEMAHook', run_fraction=0.05),   # the momentum follows the number of updates
-    dict(type='NEPAMonitorHook', interval=10),
+    dict(type='NEPAMonitorHook', interval=None),
 ]
 default_hooks = dict(
     checkpoint=dict(interval=max(epochs // 5, 1)),

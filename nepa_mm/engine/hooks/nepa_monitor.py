@@ -97,7 +97,9 @@ class NEPAMonitorHook(Hook):
       needs that long to stop copying.
 
     Args:
-        interval (int): Iterations between two measurements. Defaults to 100.
+        interval (int, optional): Iterations between two measurements. None measures 100 times
+            in a run of up to 10,000 iterations, and every 100 iterations in a longer one.
+            Defaults to 100.
         num_images (int): Images of the local batch to measure. Defaults to 64.
         copy_grace (int): Iterations before copying is judged. Defaults to 1000.
         stop_on_collapse (bool): Whether collapse and copying raise an error instead of a
@@ -112,14 +114,19 @@ class NEPAMonitorHook(Hook):
     priority = 'ABOVE_NORMAL'   # before the timer, so that its cost does not count as data time
     MIN_STD, COPY_SHARE = 0.1, 0.2
 
-    def __init__(self, interval: int = 100, num_images: int = 64, copy_grace: int = 1000,
+    def __init__(self, interval: int | None = 100, num_images: int = 64, copy_grace: int = 1000,
                  stop_on_collapse: bool = False):
-        if interval < 1 or num_images < 1:
+        if interval is not None and interval < 1 or num_images < 1:
             raise ValueError('interval and num_images must be positive, '
                              f'got {interval} and {num_images}.')
         self.interval, self.num_images = interval, num_images
         self.copy_grace, self.stop_on_collapse = copy_grace, stop_on_collapse
         self.caught, self.handles, self.warned = {}, [], set()
+
+    def before_run(self, runner):
+        """Derive the interval from the length of the run."""
+        if self.interval is None:
+            self.interval = min(max(runner.max_iters // 100, 1), 100)
 
     def before_train(self, runner):
         """Find the parts of the model."""
