@@ -4,8 +4,9 @@ segmentors.py needs mmseg, so configs of segmentation name it in ``custom_import
 """
 from .data_preprocessor import NEPADataPreprocessor
 from .heads import AttentiveClsHead
+from .losses import SIGReg
 from .nepa import NEPA, NEPAHead, next_embedding_loss
 from .vit import NEPAViT
 
 __all__ = ['NEPA', 'AttentiveClsHead', 'NEPADataPreprocessor', 'NEPAHead', 'NEPAViT',
-           'next_embedding_loss']
+           'SIGReg', 'next_embedding_loss']
