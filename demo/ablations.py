@@ -43,7 +43,7 @@ ROWS = {
     'no stop-gradient': (NO_STOP, 'fail', '#be123c'),
     # not in the paper
     'SIGReg': ({**NO_STOP, 'model.regularizer.type': 'SIGReg',
-                'model.regularizer.loss_weight': 1.}, '–', '#7c3aed'),
+                'model.regularizer.num_slices': 32}, '–', '#7c3aed'),
     'mse': ({'model.head.loss': 'mse'}, '–', '#0e7490'),
     'infonce': ({'model.head.loss': 'infonce'}, '–', '#78716c')}
 SCRATCH = 'no pretraining'

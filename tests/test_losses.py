@@ -1,14 +1,17 @@
 """Options beside the paper's loss: mse, infonce, and SIGReg instead of the stop-gradient."""
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.registry import MODELS
 
 from nepa_mm.models.losses import SIGReg, patch_infonce_loss
 from nepa_mm.models.nepa import NEPA, NEPAHead, next_embedding_loss
 
 from .conftest import TINY
+from .tiny_runs import options, refused, run_train, save_pretraining
 
 
 def nepa(head={}, **kwargs):
@@ -207,5 +210,27 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
         torch.testing.assert_close(grad / 2, joined.grad[rank::2])
 
 
-def test_built_from_a_config():
-    assert isinstance(MODELS.build(dict(type='SIGReg', _scope_='mmpretrain')), SIGReg)
+# tools/train.py
+
+def test_train_with_options(folder):
+    """From --cfg-options to the log, and the weights load into a network without the options."""
+    run_train([save_pretraining(), '--work-dir', 'out', *options(
+        'model.head.loss=infonce', 'model.head.temperature=100', 'model.head.stop_gradient=False',
+        'model.regularizer.type=SIGReg', 'model.regularizer.num_slices=4')])
+    log, = Path('out').glob('2*/*.log')
+    first, second = (float(re.search(rf'\b{name}: (\S+)', log.read_text())[1])
+                     for name in ('loss', 'loss_regularizer'))
+    assert first == pytest.approx(np.log(4), abs=0.02)      # uniform logits over 4 patches
+    assert second > 0
+    nepa().load_state_dict(torch.load('out/epoch_1.pth', weights_only=False)['state_dict'])
+
+
+@pytest.mark.parametrize('values, message', [
+    (['model.head.loss=l1'], "loss must be 'cosine', 'mse' or 'infonce', got 'l1'"),
+    (['model.head.losss=mse'], 'nothing reads model.head.losss'),
+    (['model.regularizer.type=SIGReg', 'model.regularizer.loss_weight=0'],
+     'loss_weight must be positive, got 0')])
+def test_train_refuses(folder, values, message):
+    with refused(message):
+        run_train([save_pretraining(), '--work-dir', 'out', *options(*values)])
+    assert not list(Path('.').glob('out/*.pth'))

@@ -71,14 +71,14 @@ class SIGReg(nn.Module):
     images of 256 patches.
 
     Args:
-        loss_weight (float): Factor of the loss. Defaults to 1.
+        loss_weight (float): Factor of the loss. Defaults to 10.
         num_slices (int): Number of directions. Defaults to 256.
 
     Raises:
         ValueError: ``loss_weight`` is not positive, or ``num_slices`` is below 1.
     """
 
-    def __init__(self, loss_weight: float = 1., num_slices: int = 256):
+    def __init__(self, loss_weight: float = 10., num_slices: int = 256):
         super().__init__()
         if not loss_weight > 0:
             raise ValueError(f'loss_weight must be positive, got {loss_weight}.')

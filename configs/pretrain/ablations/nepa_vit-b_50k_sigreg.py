@@ -5,7 +5,7 @@ Expected: unknown, not run here. The paper's data are time series.
 Cost:     that of nepa_vit-b_50k.py, and 0.6 GB of memory for 256 images per GPU.
 Changes:  model.head.stop_gradient=False
           model.regularizer.type=SIGReg
-          model.regularizer.loss_weight=1.0
+          model.regularizer.loss_weight=10.0
           model.regularizer.num_slices=256
 Command:  tools/dist_train.sh configs/pretrain/ablations/nepa_vit-b_50k_sigreg.py 8
 
@@ -19,4 +19,4 @@ _base_ = ['./nepa_vit-b_50k.py']
 
 model = dict(
     head=dict(stop_gradient=False),
-    regularizer=dict(type='SIGReg', loss_weight=1.0, num_slices=256))
+    regularizer=dict(type='SIGReg', loss_weight=10.0, num_slices=256))
