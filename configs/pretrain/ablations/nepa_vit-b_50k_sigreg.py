@@ -10,7 +10,7 @@ Changes:  model.head.stop_gradient=False
 Command:  tools/dist_train.sh configs/pretrain/ablations/nepa_vit-b_50k_sigreg.py 8
 
 The paper also has a squared error and a projection of outputs and embeddings; neither is here.
-The weight works on the digits: docs/ablations.md.
+The weight keeps the digits from collapsing: docs/ablations.md.
 
 Fine-tuning: configs/classification/ablations/nepa_vit-b_ft_50k.py with
   model.backbone.init_cfg.checkpoint=work_dirs/nepa_vit-b_50k_sigreg/epoch_80.pth
