@@ -61,6 +61,11 @@ def train(config, work_dir, options, hook=None):
         if hook:
             runner.register_hook(hook)
         runner.train()
+    # Workers ignore SIGTERM, so a pool's process that still has some would never end.
+    workers = getattr(runner.train_dataloader, '_iterator', None)
+    if workers is not None:
+        workers._shutdown_workers()
+        runner.train_dataloader._iterator = None
     return runner
 
 
