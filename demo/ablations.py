@@ -1,17 +1,35 @@
 """Run the paper's core ablations (Table 1a) on handwritten digits and watch each one fail.
 
-    make ablations   or   python demo/ablations.py [--work-dir DIR] [--epochs N] [--seeds N]
+    make ablations   or
+    python demo/ablations.py [--work-dir DIR] [--epochs N] [--seeds N] [--rows ROW [ROW ...]]
 
 Without the shift the network copies its input. Without stop-gradient all embeddings become equal.
-Without the causal mask the patch to predict is among the inputs. Writes results.md, results.json
-and monitors.png. Exits with status 1 if an expected failure did not occur, or occurred in the full
-method.
+Without the causal mask the patch to predict is among the inputs. --rows also runs options of newer
+papers: SIGReg instead of the stop-gradient, and the losses mse and infonce. Writes results.md,
+results.json and monitors.png. Exits with status 1 if an expected failure did not occur, or occurred
+in the full method.
 """
 import common
 
+NO_STOP = {'model.head.stop_gradient': False}
+# row: changes to the full method, published ImageNet-1K top-1 (Table 1a), colour
+ROWS = {
+    'full': ({}, '76.8', '#1d4ed8'),
+    'no causal mask': ({'model.backbone.causal': False}, '73.6', '#d97706'),
+    'no shift': ({'model.head.shift': 0}, 'fail', '#15803d'),
+    'no stop-gradient': (NO_STOP, 'fail', '#be123c'),
+    # not in the paper
+    'SIGReg': ({**NO_STOP, 'model.regularizer.type': 'SIGReg',
+                'model.regularizer.num_slices': 32}, '–', '#7c3aed'),
+    'mse': ({'model.head.loss': 'mse'}, '–', '#0e7490'),
+    'infonce': ({'model.head.loss': 'infonce'}, '–', '#78716c')}
+SCRATCH = 'no pretraining'
+DEFAULT_ROWS = (*list(ROWS)[:4], SCRATCH)
+
 
 def parse_args(argv=None):
-    return common.parse_args(__doc__, argv, 'ablations', 1, 'pretrainings per row')
+    return common.parse_args(__doc__, argv, 'ablations', 1, 'pretrainings per row',
+                             (*ROWS, SCRATCH), DEFAULT_ROWS)
 
 
 if __name__ == '__main__':
@@ -39,13 +57,6 @@ from common import claim_work_dir, train, train_on_few_labels
 from nepa_mm.engine.hooks import NEPAMonitorHook
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
-# row: changes to the full method, published ImageNet-1K top-1 (Table 1a), colour
-ROWS = {
-    'full': ({}, '76.8', '#1d4ed8'),
-    'no causal mask': ({'model.backbone.causal': False}, '73.6', '#d97706'),
-    'no shift': ({'model.head.shift': 0}, 'fail', '#15803d'),
-    'no stop-gradient': ({'model.head.stop_gradient': False}, 'fail', '#be123c')}
-SCRATCH = 'no pretraining'
 MONITORS = {
     'next_cosine': 'cosine with the patch to predict',
     'copy_cosine': 'cosine with the patch just read',
@@ -90,8 +101,8 @@ def run(row, seed, epochs, work_dir):
     return result
 
 
-def run_all(epochs, seeds, work_dir, report):
-    """Run every row with every seed, one process per core; call ``report`` with each line.
+def run_all(rows, epochs, seeds, work_dir, report):
+    """Run each of ``rows`` with every seed, one process per core; call ``report`` with each line.
 
     Returns:
         dict[str, list[dict]]: Results of :func:`run` by row, one per seed.
@@ -99,11 +110,11 @@ def run_all(epochs, seeds, work_dir, report):
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         futures = {pool.submit(run, row, seed, epochs, str(work_dir)): (row, seed)
-                   for seed in range(seeds) for row in (*ROWS, SCRATCH)}
+                   for seed in range(seeds) for row in rows}
         for future in as_completed(futures):
             row, seed = futures[future]
             report(f'{row}, seed {seed}: fine-tuned {np.mean(future.result()["top1"]):.1f} %')
-    results = {row: [None] * seeds for row in (*ROWS, SCRATCH)}
+    results = {row: [None] * seeds for row in rows}
     for future, (row, seed) in futures.items():
         results[row][seed] = future.result()
     return results
@@ -118,7 +129,7 @@ def check(results):
     problems = []
 
     def expect(row, ok, what):
-        for seed, result in enumerate(results[row]):
+        for seed, result in enumerate(results.get(row, ())):
             values = {name: result[name][-1] for name in MONITORS} | dict(loss=result['loss'])
             if not ok(result['warned'], values):
                 shown = ', '.join(f'{name} {value:.3f}' for name, value in values.items())
@@ -135,31 +146,41 @@ def check(results):
            and v['embedding_std'] < 0.1 and v['embedding_rank'] < 2,
            'expected equal embeddings (a warning of collapse, loss < -0.99, embedding_std < 0.1, '
            'embedding_rank < 2)')
-    full, open_mask, copying, collapsed = (
-        np.mean([result['top1'] for result in results[row]]) for row in ROWS)
-    for name, top1 in (('no causal mask', open_mask), ('no shift', copying),
-                       ('no stop-gradient', collapsed)):
-        if top1 >= full:
-            problems.append(f'{name}: {top1:.1f} % after fine-tuning, no less than the '
-                            f'{full:.1f} % of the full method.')
+    expect('SIGReg', lambda warned, v: not warned and v['lift'] > 0.2 and v['embedding_std'] > 0.3,
+           'expected no collapse (no warning, lift > 0.2, embedding_std > 0.3)')
+    top1 = {row: np.mean([run['top1'] for run in runs]) for row, runs in results.items()}
+    for row in ('no causal mask', 'no shift', 'no stop-gradient'):
+        if 'full' in top1 and row in top1 and top1[row] >= top1['full']:
+            problems.append(f'{row}: {top1[row]:.1f} % after fine-tuning, no less than the '
+                            f'{top1["full"]:.1f} % of the full method.')
     return problems
 
 
 def explain(results):
     """Explain what the monitors show, with the numbers of this run (means over the seeds)."""
-    full, open_mask, copying, collapsed = (
-        {name: np.mean([np.ravel(result[name])[-1] for result in results[row]])
-         for name in (*MONITORS, 'loss')} for row in ROWS)
-    return [
+    ends = {row: {name: np.mean([np.ravel(run[name])[-1] for run in runs])
+                  for name in (*MONITORS, 'loss')}
+            for row, runs in results.items() if row in ROWS}
+    sentences = {
+        'no shift':
         'No shift: the output is the patch just read (copy_cosine {copy_cosine:.3f}), so the loss '
         'of {loss:.4f} says nothing about the next patch (lift {lift:+.2f}). The monitor warns of '
-        'copying.'.format(**copying),
+        'copying.',
+        'no stop-gradient':
         'No stop-gradient: all embeddings point the same way (embedding_std {embedding_std:.3f}, '
         'effective rank {embedding_rank:.2f}), so any constant yields the loss of {loss:.4f}. The '
-        'monitor warns of collapse.'.format(**collapsed),
-        'No causal mask: no monitor shows the failure. The monitors look better than with the full '
-        f'method (next_cosine {open_mask["next_cosine"]:.3f} against {full["next_cosine"]:.3f}), '
-        'because the patch to predict is among the inputs. Only the accuracy shows it.']
+        'monitor warns of collapse.',
+        'SIGReg':
+        'SIGReg: the embeddings stay apart without the stop-gradient (embedding_std '
+        '{embedding_std:.2f}, effective rank {embedding_rank:.2f}, lift {lift:+.2f}).'}
+    lines = [text.format(**ends[row]) for row, text in sentences.items() if row in ends]
+    if 'full' in ends and 'no causal mask' in ends:
+        cosines = [f'{ends[row]["next_cosine"]:.3f}' for row in ('no causal mask', 'full')]
+        lines.append(
+            'No causal mask: no monitor shows the failure. The monitors look better than with the '
+            f'full method (next_cosine {" against ".join(cosines)}), because the patch to predict '
+            'is among the inputs. Only the accuracy shows it.')
+    return lines
 
 
 def plot(results, path):
@@ -169,7 +190,7 @@ def plot(results, path):
     figure, panels = plt.subplots(2, 3, figsize=(12, 6.4), layout='constrained', sharex=True)
     for axis, (name, title) in zip(panels.flat, MONITORS.items()):
         for row, (_, _, colour) in ROWS.items():
-            for seed, result in enumerate(results[row]):
+            for seed, result in enumerate(results.get(row, ())):
                 axis.plot(result['iterations'], result[name], color=colour, linewidth=1.3,
                           alpha=0.85, label='_' * (seed > 0) + row)
         axis.set_title(f'{title}\n({name})', fontsize=10)
@@ -222,9 +243,10 @@ def main(argv=None):
     claim_work_dir(args, 'ablations')
     console, begin, out = Console(file=sys.stdout, soft_wrap=True), time.time(), args.work_dir
 
-    console.print(f'Pretraining {len(ROWS)} ways on digits; then fine-tuning on {LABELS} '
-                  f'labels, {DRAWS} times.')
-    results = run_all(args.epochs, args.seeds, out, console.print)
+    names = list(dict.fromkeys(args.rows))
+    console.print(f'Pretraining {len(set(names) - {SCRATCH})} ways on digits; then fine-tuning on '
+                  f'{LABELS} labels, {DRAWS} times.')
+    results = run_all(names, args.epochs, args.seeds, out, console.print)
     header, rows = tabulate(results)
     # a single table is too wide for a terminal
     for title, columns in (('At the end of pretraining', range(8)),

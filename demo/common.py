@@ -6,7 +6,7 @@ from pathlib import Path
 from nepa_mm_cli import tool_parser
 
 
-def parse_args(description, argv, name, seeds, seeds_help):
+def parse_args(description, argv, name, seeds, seeds_help, rows=(), default_rows=()):
     """Parse a demo's command line.
 
     Args:
@@ -15,9 +15,12 @@ def parse_args(description, argv, name, seeds, seeds_help):
         name (str): The folder below ``work_dirs``.
         seeds (int): Default of ``--seeds``.
         seeds_help (str): What ``--seeds`` counts.
+        rows (Sequence[str]): Choices of ``--rows``; the option exists if there are any.
+            Defaults to ().
+        default_rows (Sequence[str]): Default of ``--rows``. Defaults to ().
 
     Returns:
-        Namespace: ``work_dir`` (Path), ``epochs`` and ``seeds``.
+        Namespace: ``work_dir`` (Path), ``epochs``, ``seeds`` and, with ``rows``, ``rows``.
     """
     parser = tool_parser(description)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs', name),
@@ -26,6 +29,10 @@ def parse_args(description, argv, name, seeds, seeds_help):
                         help='epochs of pretraining (default: 60)')
     parser.add_argument('--seeds', type=int, default=seeds,
                         help=f'{seeds_help} (default: {seeds})')
+    if rows:
+        parser.add_argument('--rows', nargs='+', metavar='ROW', choices=rows, default=default_rows,
+                            help=f'rows of the table, of: {", ".join(rows)} (default: '
+                                 f'{", ".join(default_rows)})')
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,5 @@
 """Checkpoints that are whole, resuming exactly, SIGTERM, a full disk."""
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,9 +11,11 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from torch.utils.data import DataLoader
 
 from nepa_mm.checkpoints.io import read_checkpoint
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
+from nepa_mm.utils.signals import shield_workers
 
 from .tiny_runs import (
     options,
@@ -231,3 +234,22 @@ def test_a_run_removes_its_own_files_only(best_run, tmp_path, monkeypatch, best)
     assert {'epoch_2.pth', 'epoch_3.pth'} <= left and 'epoch_1.pth' not in left
     assert left & {f'best_accuracy_top1_epoch_{epoch}.pth' for epoch in (2, 3)}
     assert ('best_accuracy_top1_epoch_1.pth' in left) == (not str(best).startswith('a/best'))
+
+
+def hold_workers():
+    """Read from a loader with workers that stay, as a run's, and end while they wait."""
+    loader = DataLoader(list(range(4)), num_workers=2, persistent_workers=True)
+    shield_workers(loader)
+    multiprocessing.current_process().batches = loader, iter(loader)
+
+
+@pytest.mark.parametrize('method', ['spawn', 'fork'])
+def test_a_process_of_a_pool_ends_although_its_workers_ignore_sigterm(method):
+    """multiprocessing sends SIGTERM to the daemons of a process that ends, and waits for them."""
+    process = multiprocessing.get_context(method).Process(target=hold_workers)
+    process.start()
+    process.join(60)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()

@@ -76,8 +76,8 @@ def run(words):
 def test_every_command(new_user, capsys):
     found = commands()
     assert [Path(words[1]).stem for words in found] == [
-        'train', 'plot_log', 'visualize', 'visualize', 'knn', 'train', 'train', 'predict', 'train', 'predict',
-        'export', 'publish_model']
+        'train', 'plot_log', 'visualize', 'visualize', 'knn', 'train', 'train', 'predict', 'train',
+        'predict', 'export', 'publish_model']
     results = {}
     for words in found:
         results.setdefault(Path(words[1]).stem, []).append(run(words))

@@ -4,9 +4,10 @@ segmentors.py needs mmseg, so configs of segmentation name it in ``custom_import
 """
 from .data_preprocessor import NEPADataPreprocessor
 from .heads import AttentiveClsHead
+from .losses import SIGReg
 from .nepa import NEPA, NEPAHead, next_embedding_loss
 from .timm_eva import nepa_vit
 from .vit import NEPAViT
 
 __all__ = ['NEPA', 'AttentiveClsHead', 'NEPADataPreprocessor', 'NEPAHead', 'NEPAViT',
-           'nepa_vit', 'next_embedding_loss']
+           'SIGReg', 'nepa_vit', 'next_embedding_loss']

@@ -20,6 +20,7 @@ paper's runs end between -0.90 and -1.00 (Fig. 7) and never reach the bound. A l
 -1.000 means a collapse or a copying network; NEPAMonitorHook tells which.
 """
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from mmpretrain.models.selfsup.base import BaseSelfSupervisor
 from torch import Tensor, nn
 
 from nepa_mm.models.compilation import compiled
+from nepa_mm.models.losses import mse_loss, patch_infonce_loss
 
 
 def next_embedding_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -59,19 +61,29 @@ class NEPAHead(BaseModule):
         with_cls_token (bool): Whether the class token predicts patch ``shift``. Without
             it, the first ``shift`` patches are not targets. With ``shift=0`` the class
             token never predicts. Defaults to True.
+        loss (str): 'cosine' is NEPA. 'mse' and 'infonce' are in losses.py. Defaults to
+            'cosine'.
+        temperature (float): Temperature of 'infonce'; the others have none. Defaults to 0.1.
         init_cfg (dict, optional): Unused; part of OpenMMLab's interface. Defaults to None.
 
     Raises:
-        ValueError: ``shift`` is negative.
+        ValueError: ``shift`` is negative, ``loss`` is unknown, or ``temperature`` is not
+            positive.
     """
 
     def __init__(self, shift: int = 1, stop_gradient: bool = True, with_cls_token: bool = True,
-                 init_cfg: dict | None = None):
+                 loss: str = 'cosine', temperature: float = 0.1, init_cfg: dict | None = None):
         super().__init__(init_cfg)
         if shift < 0:
             raise ValueError(f'shift must be 0 or a positive number of patches, got {shift}.')
+        if not temperature > 0:
+            raise ValueError(f'temperature must be positive, got {temperature}.')
+        losses = dict(cosine=next_embedding_loss, mse=mse_loss,
+                      infonce=partial(patch_infonce_loss, temperature=temperature))
+        if loss not in losses:
+            raise ValueError(f"loss must be 'cosine', 'mse' or 'infonce', got {loss!r}.")
         self.shift, self.stop_gradient = int(shift), stop_gradient
-        self.with_cls_token = with_cls_token
+        self.with_cls_token, self.loss_function = with_cls_token, losses[loss]
 
     def num_context_patches(self, num_patches: int) -> int:
         """How many leading patches a causal network must read to predict all targets.
@@ -93,15 +105,15 @@ class NEPAHead(BaseModule):
             z (Tensor): Embeddings of all N patches (B, N, D).
 
         Returns:
-            Tensor: A scalar in [-1, 1].
+            Tensor: A scalar, in [-1, 1] for 'cosine'.
         """
         target = z.detach() if self.stop_gradient else z
         if self.shift == 0:
-            return next_embedding_loss(h[:, 1:], target)
+            return self.loss_function(h[:, 1:], target)
         # token t is the class token (0) or patch t, and predicts patch t + shift
         n = self.num_context_patches(z.shape[1])
         first = 0 if self.with_cls_token else 1
-        return next_embedding_loss(h[:, first:1 + n], target[:, self.shift - 1 + first:])
+        return self.loss_function(h[:, first:1 + n], target[:, self.shift - 1 + first:])
 
 
 def head_loss(head: NEPAHead, h: Tensor, z: Tensor) -> Tensor:
@@ -122,6 +134,9 @@ class NEPA(BaseSelfSupervisor):
         intermediate_blocks (Sequence[int]): Blocks whose outputs predict the targets as
             well, without the final norm; negative indices count from the end. The mean of
             their losses is added. Not part of NEPA. Defaults to ().
+        regularizer (dict, optional): Config of an additional loss on the embeddings.
+            :class:`SIGReg` prevents collapse without the stop-gradient. Not part of NEPA.
+            Defaults to None.
         data_preprocessor (dict, optional): Normalisation of the images. Defaults to None.
         init_cfg (dict, optional): Initialisation. Defaults to None.
 
@@ -131,7 +146,8 @@ class NEPA(BaseSelfSupervisor):
     """
 
     def __init__(self, backbone: dict, head: dict, mask_ratio: float = 0.,
-                 intermediate_blocks: Sequence[int] = (), data_preprocessor: dict | None = None,
+                 intermediate_blocks: Sequence[int] = (), regularizer: dict | None = None,
+                 data_preprocessor: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(backbone=backbone, head=head, data_preprocessor=data_preprocessor,
                          init_cfg=init_cfg)
@@ -142,6 +158,7 @@ class NEPA(BaseSelfSupervisor):
             raise ValueError(f'intermediate_blocks must be among the {L - 1} blocks before the '
                              f'last one, got {tuple(intermediate_blocks)}.')
         self.mask_ratio, self.intermediate_blocks = mask_ratio, tuple(intermediate_blocks)
+        self.regularizer = MODELS.build(regularizer) if regularizer else None
         if mask_ratio:
             self.mask_token = nn.Parameter(torch.empty(1, 1, self.backbone.embed_dims))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -154,8 +171,8 @@ class NEPA(BaseSelfSupervisor):
             data_samples (list, optional): Unused; there are no labels.
 
         Returns:
-            dict[str, Tensor]: ``loss``, a scalar in [-1, 1]; with ``intermediate_blocks``
-            also ``loss_intermediate``, a scalar in [-1, 1].
+            dict[str, Tensor]: ``loss``, the head's scalar; with ``intermediate_blocks`` also
+            ``loss_intermediate``, with ``regularizer`` also ``loss_regularizer``.
         """
         z, grid = self.backbone.embed(inputs)                   # B N D
         *intermediate, h = self.forward_tokens(z, grid, (*self.intermediate_blocks, -1))
@@ -164,6 +181,8 @@ class NEPA(BaseSelfSupervisor):
         if intermediate:
             losses['loss_intermediate'] = torch.stack(
                 [loss(self.head, h, z) for h in intermediate]).mean()
+        if self.regularizer:
+            losses['loss_regularizer'] = self.regularizer(z)
         return losses
 
     def forward_tokens(self, z: Tensor, grid: tuple[int, int],

@@ -1,9 +1,8 @@
 """SIGTERM asks a run to save and exit. Its processes record the request; workers ignore it."""
-import atexit
 import multiprocessing
 import signal
 from collections.abc import Callable
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 
 from torch.utils.data import DataLoader
 
@@ -71,12 +70,12 @@ def shield_workers(loader: DataLoader) -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     loader._get_iterator = start_shielded
-    atexit.unregister(_kill_workers)
-    atexit.register(_kill_workers)
+    # runs before multiprocessing sends SIGTERM to daemons and waits for them, in any process
+    util.Finalize(None, _kill_workers, exitpriority=100)
 
 
 def _kill_workers():
-    """Kill the daemons that multiprocessing would send SIGTERM to and then wait for."""
+    """Kill the daemons of this process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise
     for child in multiprocessing.active_children():
         if child.daemon:
