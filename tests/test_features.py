@@ -161,7 +161,7 @@ def test_tool_on_files(model, capsys):
     assert 'mixed/deep/cut.jpg cannot be read' in err and '1 of 4 images' in err
 
     for argv, message in (
-            (['nowhere', '--out', 'g.npz'], 'no file or folder nowhere'),
+            (['nowhere', '--out', 'g.npz'], 'There is no image nowhere'),
             (['mixed/deep/cut.jpg', '--out', 'g.npz'], 'None of the 1 images'),
             (['mixed', '--out', 'g.npy'], r'must end in \.npz'),
             (['mixed', '--out', 'g.npz', '--block', '7'], 'got 7'),
@@ -170,7 +170,7 @@ def test_tool_on_files(model, capsys):
         with refused(message):
             extract([*argv, *args])
     Path('empty').mkdir()
-    with refused('no image in empty'):
+    with refused('empty holds no image'):
         extract(['empty', *args, '--out', 'g.npz'])
     with pytest.raises(SystemExit) as end:
         extract(['mixed', '--out', 'g.npz'])
