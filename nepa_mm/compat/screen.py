@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 
 # Messages of OpenMMLab's packages about their own workings, of which a user can change nothing.
 CHATTER = re.compile('|'.join((
-    r'"FileClient" will be deprecated', r'"HardDiskBackend" is the alias',
+    r'Exp name: ', r'"FileClient" will be deprecated', r'"HardDiskBackend" is the alias',
     r'Distributed training is not used, all SyncBatchNorm',
     r'Failed to search registry with scope "mm\w+" in the "function" registry tree')))
 

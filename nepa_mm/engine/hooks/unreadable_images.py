@@ -1,4 +1,5 @@
 """Replaces unreadable images reproducibly; counts and names them."""
+import logging
 from math import ceil
 
 import numpy as np
@@ -62,9 +63,9 @@ class UnreadableImageHook(Hook):
     """Replace unreadable training images by other images of the data set.
 
     Logs each unreadable file once, and the number of replaced samples after every epoch (or
-    pass over the data, in an iteration-based loop). With ExactResumeHook, the replacement and
-    its crop depend only on (seed, pass, sample index): they are the same after a resume and
-    for any number of workers.
+    pass over the data, in an iteration-based loop): a warning if there are new files. With
+    ExactResumeHook, the replacement and its crop depend only on (seed, pass, sample index): they
+    are the same after a resume and for any number of workers.
 
     An unreadable image with a label or mask is an error by default: replacing it would change
     the classes silently. With ``replace_labelled``, image and label are both replaced.
@@ -120,14 +121,16 @@ class UnreadableImageHook(Hook):
     def _report(self, runner, when):
         reports = dist.all_gather_object((self.new, self.count))
         count = sum(count for _, count in reports)
+        known = set(self.named)
         for new, _ in reports:
             self._log_files(runner, new)
         self.new, self.count = {}, 0
         if not count:
             return
         num = self._num(runner)
-        runner.logger.warning(f'{when}: {count} of {num} samples were replaced, because their '
-                              'images cannot be read.')
+        runner.logger.log(logging.INFO if self.named == known else logging.WARNING,
+                          f'{when}: {count} of {num} samples were replaced, because their '
+                          'images cannot be read.')
         if count > self.max_share * num:
             self._refuse(runner, count)
 
