@@ -139,7 +139,7 @@ def run(args):
         saved['classes'], saved['labels'] = np.unique(classes, return_inverse=True)
     with atomic_write(args.out) as file, open(file, 'wb') as opened:
         np.savez(opened, **saved)
-    print(f'Wrote {args.out}: {args.pool} of block {args.block % count + 1} of {count} for '
+    print(f'Wrote {args.out}: {args.pool} of block {args.block % count} (of 0 to {count - 1}) for '
           f'{len(kept)} images' + f' in {len(saved.get("classes", ()))} classes' * bool(classes)
           + f', {which} weights of {args.checkpoint}.')
     if errors:

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 CHATTER = re.compile('|'.join((
     r'Exp name: ', r'"FileClient" will be deprecated', r'"HardDiskBackend" is the alias',
     r'Distributed training is not used, all SyncBatchNorm',
-    r'Failed to search registry with scope "mm\w+" in the "function" registry tree')))
+    r'Failed to search registry with scope "mm\w+" in the "(function|inferencer|strategy)" ')))
 
 
 class ScreenFilter(logging.Filter):

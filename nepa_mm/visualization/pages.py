@@ -21,7 +21,7 @@ QUERY, TARGET, NO_VALUE, DASHES = '#ff2d2d', '#00b7ff', '#d4d4d8', (0, (2, 1))
 PANELS = dict(
     image=('image', None, True), attention=('attention', 'inferno', False),
     pca=('PCA', None, False), similarity=('prediction', 'viridis', True),
-    next_cosine=('next-cosine', 'viridis', False), lift=('lift', 'RdBu', False))
+    next_cosine=('next-cosine', 'viridis', False), lift=('lift', 'RdBu_r', False))
 
 
 def panel_names(view: View) -> list[str]:

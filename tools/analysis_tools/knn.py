@@ -84,8 +84,8 @@ def main(argv=None):
             print(f'warning: {message}')
         accuracy = knn_accuracy(model, bank, queries, feature=args.feature, block=args.block,
                                 k=args.k, temperature=args.temperature)
-    block = args.block % model.backbone.num_layers + 1
-    print(f'{args.k}-NN on {args.feature} of block {block} of {model.backbone.num_layers}, '
+    last = model.backbone.num_layers - 1
+    print(f'{args.k}-NN on {args.feature} of block {args.block % (last + 1)} (of 0 to {last}), '
           f'{which} weights of {args.checkpoint}: '
           + ', '.join(f'{name} {value:.2f} %' for name, value in accuracy.items()))
     return accuracy
