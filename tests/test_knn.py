@@ -87,7 +87,8 @@ def test_tool(digits, tmp_path, capsys):
             '-k', '5', '--cfg-options', 'test_dataloader.dataset.num_labels=50']
     accuracy = main(argv)
     line = capsys.readouterr().out.strip().split('\n')[-1]
-    assert '5-NN on last_token of block 0 (of 0 to 3)' in line and f'{accuracy["top1"]:.2f} %' in line
+    assert '5-NN on last_token of block 0 (of 0 to 3)' in line
+    assert f'{accuracy["top1"]:.2f} %' in line
     cfg = Config.fromfile(FINETUNE)
     cfg.train_dataloader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline
     bank = Runner.build_dataloader(dict(cfg.train_dataloader, drop_last=False))

@@ -51,7 +51,8 @@ def check_data(cfg: Config, *loaders: str) -> None:
             for path in wanted:
                 problem = _find_problem(path, labelled and not dataset.get('ann_file'))
                 if problem:
-                    layout = LAYOUTS.get(kind, '').format(root=root.rstrip('/') or '.')
+                    layout = '' if kind in FOLDERS and not labelled else LAYOUTS.get(
+                        kind, '').format(root=root.rstrip('/') or '.')
                     raise FileNotFoundError(
                         f'{name}: {path!r} {problem}' + (f'; expected {layout}' if layout else '')
                         + f' (relative to {os.getcwd()}; {name}.dataset.data_root sets another '

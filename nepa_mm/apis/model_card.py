@@ -38,16 +38,9 @@ NEPA pretrains a Vision Transformer by predicting the embedding of the next patc
 With nepa_mm, in the folder that contains this one:
 
 ```python
-import json
-
 import nepa_mm
-from mmengine.registry import MODELS
-from nepa_mm.checkpoints.huggingface_config import model_cfg
-from nepa_mm.checkpoints.loading import load_strict
 
-config = json.load(open({config}))
-model = MODELS.build(model_cfg(config{classes})).eval()
-load_strict(model, {folder})
+model = nepa_mm.load({folder})
 ```
 
 {timm}Input: pixels from 0 to 1, normalised as in `preprocessor_config.json`, which the
