@@ -254,9 +254,9 @@ def plot_segmentation(work_dir, path, num=6):
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    from nepa_mm.compat.quiet import quiet_imports
-    with quiet_imports():
-        from mmseg.apis import inference_model, init_model
+    from nepa_mm.compat.quiet import import_mmseg
+    import_mmseg()
+    from mmseg.apis import inference_model, init_model
 
     names = [f'{i:05d}' for i in range(num)]
     images = [str(work_dir / f'scenes/images/validation/{name}.jpg') for name in names]

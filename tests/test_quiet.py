@@ -11,7 +11,14 @@ import pytest
 
 from .conftest import REPO
 from .test_docs import blocks, commands
-from .tiny_runs import options, run_script, run_train, save_classifier, save_pretraining
+from .tiny_runs import (
+    options,
+    run_script,
+    run_train,
+    save_classifier,
+    save_pretraining,
+    save_segmentor,
+)
 
 TOOLS = sorted(file for folder in ('tools', 'benchmarks', 'demo') for file in REPO.glob(
     f'{folder}/**/*.py') if "if __name__ == '__main__'" in file.read_text())
@@ -33,6 +40,19 @@ def probe(tool, *args):
     return subprocess.run(
         [sys.executable, '-c', PROBE, tool, *args], capture_output=True, text=True,
         env=dict(os.environ, PYTHONPATH=str(REPO)))
+
+
+def test_a_script_that_loads_a_segmentor(tmp_path, monkeypatch):
+    """mmseg prints when it is imported, which a script does through nepa_mm.load only."""
+    monkeypatch.chdir(tmp_path)
+    config, weights = save_segmentor()
+    script = f'import nepa_mm; print(type(nepa_mm.load({config!r}, {weights!r})).__name__)'
+    done = subprocess.run(
+        [sys.executable, '-c', script], capture_output=True, text=True,
+        env=dict(os.environ, PYTHONPATH=str(REPO)))
+    first, *more = reversed(done.stdout.splitlines())
+    assert first == 'EncoderDecoder', done.stderr
+    assert not [line for line in more if 'Loaded' not in line], more
 
 
 @pytest.mark.parametrize('tool', TOOLS, ids=lambda tool: tool.name)

@@ -103,7 +103,7 @@ def build(cfg, weights, device, which=None):
     """Build the inferencer with all weights loaded; return it and the set of weights."""
     if apis.is_segmentation(cfg):
         from mmseg.apis import MMSegInferencer
-        with warnings.catch_warnings():     # not so: see classes_and_palette; nothing is logged
+        with warnings.catch_warnings():     # wrong here: classes_and_palette knows them
             for message in ('dataset_meta or class names are not saved', 'Failed to add <class'):
                 warnings.filterwarnings('ignore', message)
             infer = MMSegInferencer(cfg, weights, device=device)

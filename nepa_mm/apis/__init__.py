@@ -1,8 +1,9 @@
 """From a config to a Runner: the code that tools share.
 
-config.py and cfg_options.py read and complete a config.
-channels.py, run_check.py and the *_checks.py files reject configs and data that cannot work.
+config.py, settings.py and cfg_options.py read and complete a config.
+run_check.py and the *_checks.py files reject configs and data that cannot work.
 input_spec.py describes preprocessing in plain values. runner.py builds the Runner.
+load.py builds the network of a checkpoint for scripts.
 """
 from .channel_checks import check_channels, color_type
 from .config import check_checkpoint, is_segmentation, load_config, read_config, resolve_resume

@@ -1,8 +1,6 @@
 """Load a config, and choose between resuming and starting from weights."""
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 
 from mmengine.config import Config
@@ -11,7 +9,7 @@ from nepa_mm.apis.cfg_options import merge_options
 from nepa_mm.apis.config_keys import runner_keys
 from nepa_mm.apis.settings import evaluate_with, find_settings, nearest_setting
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
-from nepa_mm.compat.quiet import quiet_imports
+from nepa_mm.compat.quiet import import_mmseg, quiet_imports
 from nepa_mm.utils.nested import iter_dicts
 from nepa_mm.utils.outputs import free_path
 
@@ -22,9 +20,8 @@ def read_config(path: str | os.PathLike) -> Config:
     """Read a config file, and import mmseg for one that needs it, without messages of imports."""
     with quiet_imports():
         cfg = Config.fromfile(path)
-        if is_segmentation(cfg):
-            with suppress(ImportError):     # reported where it is used
-                import_module('mmseg.datasets')
+    if is_segmentation(cfg):
+        import_mmseg()
     return cfg
 
 

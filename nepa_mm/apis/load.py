@@ -7,10 +7,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from torch import nn
 
-from nepa_mm.apis.config import check_checkpoint
+from nepa_mm.apis.config import check_checkpoint, read_config
 from nepa_mm.apis.image_transform import build_transform
 from nepa_mm.apis.input_spec import class_names
 from nepa_mm.apis.recorded_network import build_network, read_record
@@ -80,7 +79,7 @@ def load(name: str | os.PathLike, checkpoint: str | os.PathLike | None = None, *
         cfg, meta, file = read_record(checkpoint, weights)
         _add_preprocessor(cfg)
     else:
-        cfg = Config.fromfile(find_config(name)).to_dict()
+        cfg = read_config(find_config(name)).to_dict()
         if not isinstance(cfg.get('model'), dict):
             raise ValueError(f'The config {name} has no model.')
         while isinstance(cfg['model'].get('module'), dict):     # test-time augmentation

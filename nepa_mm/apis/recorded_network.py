@@ -23,6 +23,7 @@ from nepa_mm.checkpoints.huggingface_config import (
 )
 from nepa_mm.checkpoints.io import locate, read_checkpoint
 from nepa_mm.checkpoints.recorded_config import recorded_config
+from nepa_mm.compat.quiet import import_mmseg
 from nepa_mm.utils.nested import iter_dicts
 from nepa_mm.utils.random_state import preserve_rng_state
 
@@ -100,6 +101,7 @@ def build_network(cfg: Mapping) -> nn.Module:
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'
     if scope_of(cfg) == 'mmseg':
+        import_mmseg()
         importlib.import_module('nepa_mm.models.segmentors')
     with DefaultScope.overwrite_default_scope(scope_of(cfg)), preserve_rng_state():
         return MODELS.build(model)
@@ -118,6 +120,7 @@ def check_types(part: Mapping | None, name: str, scope: str | None = None) -> No
         ValueError: The message names the class.
     """
     if scope == 'mmseg' or 'decode_head' in (part or {}):
+        import_mmseg()
         importlib.import_module('nepa_mm.models.segmentors')
     for node in iter_dicts(part):
         for key in FILES:

@@ -1,4 +1,4 @@
-"""Say at the start of a log what runs, on what, from which weights, how long, and where it goes."""
+"""Log what runs, on which data, from which weights, for how long, and where its output goes."""
 import datetime
 import time
 from pathlib import Path

@@ -2,8 +2,9 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
+from importlib import import_module
 from unittest.mock import patch
 
 import mmengine.logging
@@ -16,7 +17,7 @@ HARMLESS = (
 
 
 def ignore_harmless_warnings() -> None:
-    """Ignore three warnings of mmcv and mmseg of which a user can change nothing."""
+    """Ignore three warnings of mmcv and mmseg that users cannot act on."""
     for message in HARMLESS:
         warnings.filterwarnings('ignore', message)
 
@@ -38,3 +39,9 @@ def quiet_imports() -> Iterator[None]:
 
     with patch.object(mmengine.logging, 'print_log', at_level):
         yield
+
+
+def import_mmseg() -> None:
+    """Import mmseg's datasets, which print when they are imported, quietly and if installed."""
+    with quiet_imports(), suppress(ImportError):    # reported where it is used
+        import_module('mmseg.datasets')

@@ -8,7 +8,7 @@ from unittest.mock import patch
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
-# Messages of OpenMMLab's packages about their own workings, of which a user can change nothing.
+# Messages of OpenMMLab's packages about their own workings, which users cannot act on.
 CHATTER = re.compile('|'.join((
     r'Exp name: ', r'"FileClient" will be deprecated', r'"HardDiskBackend" is the alias',
     r'Distributed training is not used, all SyncBatchNorm',

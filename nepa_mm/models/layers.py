@@ -254,6 +254,7 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float):
         super().__init__()
+        # forward() reads the flag: reading the rate would give each block its own graph
         self.drop_prob, self.enabled = drop_prob, drop_prob > 0
         self.register_buffer('keep_prob', torch.tensor(1 - drop_prob), persistent=False)
 
