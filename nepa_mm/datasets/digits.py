@@ -5,22 +5,22 @@ import numpy as np
 from mmengine.registry import DATASETS
 from mmpretrain.datasets.base_dataset import BaseDataset
 
+from nepa_mm.datasets.few_labels import FewLabels
+
 SPLITS = ('train', 'test')
 NUM_TRAIN = 1297
 
 
 @DATASETS.register_module()
-class Digits(BaseDataset):
+class Digits(FewLabels, BaseDataset):
     """1,797 handwritten digits of 8 x 8 pixels (UCI ML repository, shipped with scikit-learn).
 
     A fixed shuffle splits them into 1,297 training and 500 test images.
 
     Args:
         split (str): 'train' or 'test'.
-        num_labels (int, optional): Keep this many images, equally many of each class. Defaults
-            to None: all.
-        seed (int): Seed that selects the kept images. Defaults to 0.
-        **kwargs: ``pipeline``, ``test_mode`` and other arguments of mmpretrain's BaseDataset.
+        **kwargs: ``num_labels`` and ``seed`` of :class:`FewLabels`; ``pipeline``, ``test_mode``
+            and other arguments of mmpretrain's BaseDataset.
 
     A sample enters the pipeline as ``img`` (8, 8, 3), uint8, and ``gt_label``.
 
@@ -31,10 +31,10 @@ class Digits(BaseDataset):
 
     METAINFO = dict(classes=tuple('0123456789'))
 
-    def __init__(self, split: str, num_labels: int | None = None, seed: int = 0, **kwargs: Any):
+    def __init__(self, split: str, **kwargs: Any):
         if split not in SPLITS:
             raise ValueError(f'split must be one of {SPLITS}, got {split!r}.')
-        self.split, self.num_labels, self.seed = split, num_labels, seed
+        self.split = split
         super().__init__(ann_file='', **kwargs)
 
     def load_data_list(self) -> list[dict]:
@@ -47,18 +47,6 @@ class Digits(BaseDataset):
         images, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(labels))
         order = order[:NUM_TRAIN] if self.split == 'train' else order[NUM_TRAIN:]
-        if self.num_labels is not None:
-            order = self._balanced(order, labels)
         images = (images * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8, 1)
         return [dict(img=images[i].repeat(3, axis=2), img_shape=(8, 8), ori_shape=(8, 8),
                      gt_label=int(labels[i])) for i in order]
-
-    def _balanced(self, order, labels):
-        classes = [order[labels[order] == label] for label in range(10)]
-        most = 10 * min(map(len, classes))
-        if self.num_labels % 10 or not 0 < self.num_labels <= most:
-            raise ValueError(f'num_labels must be a multiple of 10 up to {most}, '
-                             f'got {self.num_labels}.')
-        rng = np.random.default_rng(self.seed)
-        return np.concatenate([rng.permutation(members)[:self.num_labels // 10]
-                               for members in classes])

@@ -1,0 +1,23 @@
+"""Fine-tuning of MAE on Fashion-MNIST: the recipe of finetune.py for mmpretrain's ViT.
+
+Command:  python tools/train.py configs/fashion_mnist/finetune_mae.py
+From scratch, with the same recipe:  --cfg-options model.backbone.init_cfg=None
+
+As in mmpretrain's recipe for MAE the network reads the mean of the patches, and nothing is frozen.
+"""
+_base_ = ['./finetune.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='VisionTransformer',
+        arch=dict(embed_dims=128, num_layers=6, num_heads=4, feedforward_channels=512),
+        img_size=28,
+        patch_size=4,
+        in_channels=1,
+        drop_path_rate=0.1,
+        out_type='avg_featmap',
+        final_norm=False,
+        init_cfg=dict(
+            type='Pretrained', checkpoint='work_dirs/pretrain_mae/epoch_20.pth',
+            prefix='backbone.')))

@@ -1,0 +1,47 @@
+"""MAE, of mmpretrain, on Fashion-MNIST: the rival of pretrain.py with an encoder of the same size.
+
+Paper:    arXiv 2111.06377.
+Command:  python tools/train.py configs/fashion_mnist/pretrain_mae.py
+
+Network, mask, loss and optimizer are those of mmpretrain's mae_vit-base-p16; the decoder has the
+same ratios of width (2/3) and depth (2/3) to the encoder, in whole heads. Data, batch, warmup, EMA
+and epochs are those of pretrain.py.
+"""
+_base_ = ['./pretrain.py']
+
+embed_dims = 128        # the encoder: width and number of blocks
+num_layers = 6
+lr = 2e-3               # at batch 256
+
+model = dict(
+    _delete_=True,
+    type='MAE',
+    backbone=dict(
+        type='MAEViT',
+        arch=dict(
+            embed_dims=embed_dims, num_layers=num_layers, num_heads=embed_dims // 32,
+            feedforward_channels=4 * embed_dims),
+        img_size=28,
+        patch_size=4,
+        patch_cfg=dict(in_channels=1),
+        mask_ratio=0.75),
+    neck=dict(
+        type='MAEPretrainDecoder',
+        num_patches=49,
+        patch_size=4,
+        in_chans=1,
+        embed_dim=embed_dims,
+        decoder_embed_dim=96,
+        decoder_depth=4,
+        decoder_num_heads=3),
+    head=dict(
+        type='MAEPretrainHead',
+        norm_pix=True,
+        patch_size=4,
+        in_channels=1,
+        loss=dict(type='PixelReconstructionLoss', criterion='L2')),
+    data_preprocessor=dict(
+        type='SelfSupDataPreprocessor', mean=[127.5], std=[127.5], to_rgb=False))
+
+optim_wrapper = dict(optimizer=dict(lr=lr))
+custom_hooks = [dict(type='ModelEMAHook', run_fraction=0.05)]
