@@ -44,14 +44,15 @@ def claim_work_dir(args, name):
         claim_folder(args.work_dir, f'.nepa_mm_{name}')
 
 
-def train(config, work_dir, options, hook=None):
+def train(config, work_dir, options, hook=None, resume=False):
     """Train like tools/train.py, but log to the log file only.
 
     Args:
         config (str | Path): The config file.
-        work_dir (str | Path): Where logs and checkpoints go; the run never resumes.
+        work_dir (str | Path): Where logs and checkpoints go.
         options (dict): Changes to the config, like ``--cfg-options``.
         hook (Hook, optional): An additional hook. Defaults to None.
+        resume (bool): Whether to continue an interrupted run. Defaults to False.
 
     Returns:
         Runner: The Runner after training.
@@ -61,7 +62,7 @@ def train(config, work_dir, options, hook=None):
         # short trials are intended
         options = {'default_hooks.run_check.odd': 'warn', **options}
         cfg = load_config(config, options, str(work_dir))
-        cfg.resume = False
+        cfg.resume = resume
         runner = build_runner(cfg)
         if hook:
             runner.register_hook(hook)
@@ -69,8 +70,8 @@ def train(config, work_dir, options, hook=None):
     return runner
 
 
-def train_on_few_labels(config, work_dir, labels, epochs, seed, checkpoint=None):
-    """Train a digit classifier on a few labelled images.
+def train_on_few_labels(config, work_dir, labels, epochs, seed, checkpoint=None, options=None):
+    """Train a classifier on a few labelled images.
 
     Args:
         config (str | Path): The config file.
@@ -80,18 +81,19 @@ def train_on_few_labels(config, work_dir, labels, epochs, seed, checkpoint=None)
         seed (int): Seed of the run and of the choice of labelled images.
         checkpoint (str | Path, optional): Initial weights of the backbone. Defaults to None:
             random.
+        options (dict, optional): More changes to the config. Defaults to None.
 
     Returns:
-        float: Top-1 accuracy on the test digits in percent.
+        float: Top-1 accuracy on the test images in percent.
     """
-    options = {
+    changes = {
         'train_dataloader.dataset.num_labels': labels, 'train_dataloader.dataset.seed': seed,
         'randomness.seed': seed, 'train_cfg.max_epochs': epochs,
         'train_cfg.val_interval': epochs, 'param_scheduler.end': epochs,
         'default_hooks.checkpoint': None}
     if checkpoint is None:
-        options['model.backbone.init_cfg'] = None
+        changes['model.backbone.init_cfg'] = None
     else:
-        options['model.backbone.init_cfg.checkpoint'] = str(checkpoint)
-    runner = train(config, work_dir, options)
+        changes['model.backbone.init_cfg.checkpoint'] = str(checkpoint)
+    runner = train(config, work_dir, {**changes, **(options or {})})
     return runner.message_hub.get_scalar('val/accuracy/top1').current()
