@@ -14,6 +14,7 @@ from mmengine.registry import RUNNERS
 
 from nepa_mm.apis import runner
 
+from .conftest import REPO
 from .tiny_runs import (
     TOOLS,
     load_tool,
@@ -275,6 +276,19 @@ def test_slurm(folder, script, fourth, expected):
         '--partition=gpu', '--job-name=job', '--gres=gpu:4', '--ntasks=16', '--ntasks-per-node=4',
         '--cpus-per-task=9', '--kill-on-bad-exit=1', '--quiet', '--exclusive', 'python', '-u',
         *expected, '--launcher', 'slurm', '--cfg-options', 'a=b c', '12345']
+
+
+@pytest.mark.parametrize('script, fourth, config, loaders', [
+    ('slurm_train.sh', 'work', 'pretrain/nepa_vit-b.py', ['train']),
+    ('slurm_train.sh', 'work', 'classification/nepa_vit-b_ft_in1k.py', ['train', 'val']),
+    ('slurm_test.sh', 'a.pth', 'classification/nepa_vit-b_ft_in1k.py', ['test'])])
+def test_slurm_asks_for_enough_cpus(folder, script, fourth, config, loaders):
+    """The data-loader workers of a process, the process, and the thread that pins memory."""
+    save_program('srun', 'printf "%s\\n" "$@"')
+    code, output = run_script(script, 'gpu', 'job', 'c.py', fourth, cwd=folder)
+    cpus = int(re.search('cpus-per-task=(.*)', output)[1])
+    cfg = Config.fromfile(REPO / 'configs' / config)
+    assert cpus >= 2 + max(cfg[f'{name}_dataloader'].num_workers for name in loaders)
 
 
 @pytest.mark.parametrize('script, args', [

@@ -2,6 +2,7 @@
 import copy
 import itertools
 import json
+import os
 import random
 import shutil
 from functools import partial
@@ -20,6 +21,7 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from torch import distributed
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,6 +140,22 @@ def test_a_machine_that_cannot_compile_says_so_once(monkeypatch, capfd):
     assert not compilation.can_compile() and not compilation.can_compile()
     assert capfd.readouterr().out.count('without torch.compile') == 1
     compilation.can_compile.cache_clear()
+
+
+@pytest.mark.parametrize('variables, workers', [
+    (dict(), 32), (dict(LOCAL_WORLD_SIZE='8'), 4), (dict(LOCAL_WORLD_SIZE='64'), 1),
+    (dict(OMPI_COMM_WORLD_LOCAL_SIZE='4'), 8), (dict(SLURM_CPUS_PER_TASK='14'), 14),
+    (dict(LOCAL_WORLD_SIZE='8', SLURM_CPUS_PER_TASK='128'), 4),
+    (dict(LOCAL_WORLD_SIZE='8', TORCHINDUCTOR_COMPILE_THREADS='20'), 20)])
+def test_processes_of_a_machine_share_the_compile_workers(traced, monkeypatch, variables, workers):
+    """torch alone starts 32 for each of them, on a machine of 64 cores."""
+    monkeypatch.setattr(os, 'environ', {
+        name: value for name, value in dict(os.environ, **variables).items()
+        if name in variables or 'SIZE' not in name and 'SLURM' not in name})
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(64))
+    with inductor_config.patch(compile_threads=inductor_config.decide_compile_threads()):
+        nepa(compile_blocks=True).loss(smooth_images(2, size=28))
+        assert inductor_config.compile_threads == workers
 
 
 def test_compiled_run_saves_and_resumes_like_an_eager_one(traced, tmp_path):
