@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import RUNNERS
 
 from nepa_mm.apis import runner
 
+from .conftest import REPO
 from .tiny_runs import (
     TOOLS,
     load_tool,
@@ -64,6 +67,35 @@ def test_two_processes_equal_one_with_the_joined_batch(folder):
 
     run_train([config, '--work-dir', 'half', *half, 'train_dataloader.dataset.indices=2'])
     assert difference(weights('half'), weights('joined')) > 1e-3  # both processes did count
+
+
+def test_gradients_in_the_buckets_of_ddp_change_nothing(folder):
+    """Bit for bit: accumulation, clipping, fused AdamW, guard, EMA, both sets of weights."""
+    cfg = Config.fromfile(save_pretraining())
+    for index in range(4, 20):
+        save_image(Path(f'data/imagenet/train/n00000000/{index}.JPEG'))
+    cfg.optim_wrapper = dict(type='BF16OptimWrapper', accumulative_counts=2,
+                             clip_grad=dict(max_norm=0.1),
+                             optimizer=dict(type='AdamW', lr=1e-2, fused=True))
+    cfg.default_hooks.update(runtime_info=dict(type='DeferredRuntimeInfoHook'),
+                             checkpoint=dict(type='AtomicCheckpointHook', interval=1),
+                             guard=dict(type='NonFiniteGuardHook'))
+    cfg.custom_hooks = [dict(type='ModelEMAHook', momentum=0.5)]
+    cfg.dump('views.py')
+    programs = [start('views.py', 2, '--work-dir', name, *options(
+        'randomness.seed=0', *extra)) for name, extra in dict(views=[], copies=[
+            'model_wrapper_cfg.type=MMDistributedDataParallel',
+            'model_wrapper_cfg.broadcast_buffers=False']).items()]
+    for program in programs:
+        output = program.communicate(timeout=120)[0]
+        assert program.returncode == 0, output
+    views, copies = (torch.load(f'{name}/epoch_1.pth', weights_only=False)
+                     for name in ('views', 'copies'))
+    for name in ('state_dict', 'ema_state_dict', 'optimizer'):
+        torch.testing.assert_close(views[name], copies[name], rtol=0, atol=0)
+    recorded = [Config.fromfile(f'{name}/views.py').model_wrapper_cfg for name in (
+        'views', 'copies')]
+    assert [one.get('gradient_as_bucket_view') for one in recorded] == [True, None]
 
 
 def test_each_process_draws_its_own_coordinates(folder):
@@ -147,6 +179,7 @@ def test_launchers_on_the_cpu(folder, monkeypatch, launcher, variables):
     finally:
         torch.distributed.destroy_process_group()
     assert type(runner.model).__name__ == 'MMDistributedDataParallel'
+    assert runner.model.gradient_as_bucket_view
     assert type(runner.model.module.decode_head.convs[0].bn) is torch.nn.BatchNorm2d
     log = next(Path(runner.log_dir).glob('*.log')).read_text()
     assert 'SyncBN needs GPUs: 1 norm_cfg use BN instead' in log
@@ -159,6 +192,52 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match='its 4 visible GPUs: process 4 has none'):
         runner.build_runner(Config(dict(launcher='pytorch')))
+
+
+@RUNNERS.register_module()
+class RecordingRunner:
+    """What build_runner hands to a Runner, and which GPU mmengine will choose."""
+
+    def __init__(self, cfg):
+        self.cfg, self.hooks, self.logger = cfg, [], MMLogger.get_instance('recording')
+        self.device = int(os.environ['SLURM_LOCALID']), int(os.environ['LOCAL_RANK'])
+
+    from_cfg = classmethod(lambda cls, cfg: cls(cfg))
+    register_hook = print
+
+
+def slurm_task(monkeypatch, gpus, rank='3', **variables):
+    """Build the Runner of a Slurm task that sees so many GPUs."""
+    monkeypatch.setattr(runner, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr(os, 'environ', dict(
+        os.environ, SLURM_PROCID='11', SLURM_NTASKS='16', SLURM_LOCALID=rank, **variables))
+    return runner.build_runner(Config(dict(
+        launcher='slurm', runner_type='RecordingRunner', model=dict(type='NEPA'))))
+
+
+@pytest.mark.parametrize('gpus, rank, variables, device', [
+    (8, '3', dict(SLURM_GPUS_ON_NODE='8'), 3),      # --gres=gpu:8: all tasks see all GPUs
+    (8, '3', dict(), 3), (8, '3', dict(SLURM_GPUS_PER_TASK='1'), 3),      # --gpu-bind=none
+    (1, '3', dict(SLURM_GPUS_PER_TASK='1', SLURM_GPUS_ON_NODE='8'), 0),
+    (1, '3', dict(SLURM_GPUS_PER_TASK='h100:1'), 0),
+    (1, '3', dict(SLURM_GPUS_ON_NODE='8'), 0),      # --gpu-bind=single:1
+    (2, '3', dict(SLURM_GPUS_PER_TASK='2', SLURM_GPUS_ON_NODE='8'), 0),
+    (2, '1', dict(SLURM_GPUS_PER_TASK='2', SLURM_GPUS_ON_NODE='8'), 0)])
+def test_slurm_tasks_find_their_gpu(monkeypatch, gpus, rank, variables, device):
+    built = slurm_task(monkeypatch, gpus, rank, **variables)
+    assert built.device == (device, device)     # mmengine reads the first, DDP the second
+    wrapper = built.cfg.model_wrapper_cfg
+    assert wrapper.gradient_as_bucket_view and not wrapper.broadcast_buffers
+    assert 'device_ids' not in wrapper      # mmengine adds LOCAL_RANK
+
+
+@pytest.mark.parametrize('gpus, variables', [
+    (1, dict(SLURM_GPUS_ON_NODE='1')), (2, dict(SLURM_GPUS_ON_NODE='2')), (2, dict()),
+    (2, dict(SLURM_GPUS_ON_NODE=''))])
+def test_more_slurm_tasks_than_gpus(monkeypatch, gpus, variables):
+    with pytest.raises(ValueError, match=f'its {gpus} visible GPUs: process 3 has none'):
+        slurm_task(monkeypatch, gpus, **variables)
 
 
 def test_dist_test(folder):
@@ -197,6 +276,19 @@ def test_slurm(folder, script, fourth, expected):
         '--partition=gpu', '--job-name=job', '--gres=gpu:4', '--ntasks=16', '--ntasks-per-node=4',
         '--cpus-per-task=9', '--kill-on-bad-exit=1', '--quiet', '--exclusive', 'python', '-u',
         *expected, '--launcher', 'slurm', '--cfg-options', 'a=b c', '12345']
+
+
+@pytest.mark.parametrize('script, fourth, config, loaders', [
+    ('slurm_train.sh', 'work', 'pretrain/nepa_vit-b.py', ['train']),
+    ('slurm_train.sh', 'work', 'classification/nepa_vit-b_ft_in1k.py', ['train', 'val']),
+    ('slurm_test.sh', 'a.pth', 'classification/nepa_vit-b_ft_in1k.py', ['test'])])
+def test_slurm_asks_for_enough_cpus(folder, script, fourth, config, loaders):
+    """The data-loader workers of a process, the process, and the thread that pins memory."""
+    save_program('srun', 'printf "%s\\n" "$@"')
+    code, output = run_script(script, 'gpu', 'job', 'c.py', fourth, cwd=folder)
+    cpus = int(re.search('cpus-per-task=(.*)', output)[1])
+    cfg = Config.fromfile(REPO / 'configs' / config)
+    assert cpus >= 2 + max(cfg[f'{name}_dataloader'].num_workers for name in loaders)
 
 
 @pytest.mark.parametrize('script, args', [

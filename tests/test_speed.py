@@ -2,20 +2,26 @@
 import copy
 import itertools
 import json
+import os
+import random
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from mmengine import dist
+from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
+from mmpretrain.structures import DataSample
 from torch import distributed
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,9 +32,12 @@ from nepa_mm.engine.hooks.deferred_runtime_info import DeferredHistory
 from nepa_mm.models import compilation
 from nepa_mm.models.vit import NEPAViT
 
-from .conftest import TINY, smooth_images
+from .conftest import REPO, TINY, smooth_images
+from .tiny_runs import options, run_script, save_image, save_pretraining
 
 RUNS = itertools.count()
+CONFIGS = [str(path.relative_to(REPO / 'configs')) for path in sorted(
+    (REPO / 'configs').rglob('*.py')) if '_base_' not in path.parts]
 
 
 def nepa(**options):
@@ -133,6 +142,22 @@ def test_a_machine_that_cannot_compile_says_so_once(monkeypatch, capfd):
     compilation.can_compile.cache_clear()
 
 
+@pytest.mark.parametrize('variables, workers', [
+    (dict(), 32), (dict(LOCAL_WORLD_SIZE='8'), 4), (dict(LOCAL_WORLD_SIZE='64'), 1),
+    (dict(OMPI_COMM_WORLD_LOCAL_SIZE='4'), 8), (dict(SLURM_CPUS_PER_TASK='14'), 14),
+    (dict(LOCAL_WORLD_SIZE='8', SLURM_CPUS_PER_TASK='128'), 4),
+    (dict(LOCAL_WORLD_SIZE='8', TORCHINDUCTOR_COMPILE_THREADS='20'), 20)])
+def test_processes_of_a_machine_share_the_compile_workers(traced, monkeypatch, variables, workers):
+    """torch alone starts 32 for each of them, on a machine of 64 cores."""
+    monkeypatch.setattr(os, 'environ', {
+        name: value for name, value in dict(os.environ, **variables).items()
+        if name in variables or 'SIZE' not in name and 'SLURM' not in name})
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(64))
+    with inductor_config.patch(compile_threads=inductor_config.decide_compile_threads()):
+        nepa(compile_blocks=True).loss(smooth_images(2, size=28))
+        assert inductor_config.compile_threads == workers
+
+
 def test_compiled_run_saves_and_resumes_like_an_eager_one(traced, tmp_path):
     """Names, averaged and raw weights; an eager run may go on from a compiled one."""
     for compiled in (False, True):
@@ -177,6 +202,13 @@ def test_fused_adamw_takes_the_same_steps():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize('path', CONFIGS)
+def test_every_recipe_fuses_adamw(path):
+    """Without it the guard reads the gradient norm before each step."""
+    optimizer = Config.fromfile(REPO / 'configs' / path).optim_wrapper.optimizer
+    assert optimizer.get('fused') or optimizer.type == 'LARS'
+
+
 def test_fused_adamw_is_left_out_where_torch_has_none(monkeypatch):
     monkeypatch.setattr(torch, '__version__', '2.1.2')
     assert optimizer_of(nepa(), True).optimizer.defaults['fused'] is None
@@ -194,6 +226,62 @@ def test_preprocessor_equals_mmpretrains_bitwise(dtype):
                 ('NEPADataPreprocessor', True), ('SelfSupDataPreprocessor', False)))
     assert torch.equal(ours['inputs'], theirs['inputs']) and ours['inputs'].dtype == torch.float32
     assert torch.equal(images, before) and ours['data_samples'] is labels
+
+
+def labelled(kind, labels, **options):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    samples = [DataSample().set_gt_label(label) for label in labels]
+    prepare = MODELS.build(dict(type=kind, mean=[123.675, 116.28, 103.53], num_classes=9,
+                                std=[58.4, 57.1, 57.4], to_rgb=True, **options))
+    return prepare, dict(inputs=torch.randint(256, (4, 3, 28, 42), dtype=torch.uint8),
+                         data_samples=samples)
+
+
+@pytest.mark.parametrize('labels', [[3, 8, 0, 3], [[3], [8, 1], [0], [3, 4, 5]]])
+@pytest.mark.parametrize('options', [
+    dict(), dict(to_onehot=True), dict(batch_augments=dict(augments=dict(type='Mixup', alpha=1.))),
+    dict(batch_augments=dict(augments=dict(type='TimmBatchAugment')))])
+def test_classifiers_preprocessor_equals_mmpretrains_bitwise(labels, options):
+    ours, theirs = ([out['inputs'], *((sample.gt_label, sample.get('gt_score'))
+                                      for sample in out['data_samples'])] for out in (
+        prepare(data, training=True) for prepare, data in (
+            labelled(kind, labels, **copy.deepcopy(options))
+            for kind in ('NEPAClsDataPreprocessor', 'ClsDataPreprocessor'))))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+class Copies(TorchDispatchMode):
+    """The copies to another device, and whether the host waits for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get('device', args[0].device) != (
+                args[0].device):
+            self.waits.append(not kwargs.get('non_blocking'))
+        return func(*args, **kwargs)
+
+
+CLASSIFIERS = [path for path in CONFIGS if 'classification' in path or path.startswith(
+    ('custom/finetune', 'custom/linear', 'demo/digits_finetune', 'demo/digits_linear'))]
+
+
+@pytest.mark.parametrize('path', CLASSIFIERS)
+def test_fine_tuning_copies_images_and_labels_once_without_waiting(path):
+    """With the meta device for a GPU."""
+    cfg = Config.fromfile(REPO / 'configs' / path).model
+    assert cfg.type == 'ImageClassifier'
+    cfg.backbone = dict(type='NEPAViT', arch=TINY)
+    prepare = MODELS.build(cfg).data_preprocessor.to('meta')
+    data = labelled('ClsDataPreprocessor', [3, 8, 0, 3])[1]
+    with Copies() as copies:
+        prepare(data, training=True)
+    assert copies.waits == [False, False]
 
 
 # The log
@@ -294,6 +382,16 @@ class Reads(Hook):
         self.counter.__exit__(None, None, None)
 
 
+@HOOKS.register_module()
+class SavedReadsHook(Reads):
+    """Writes them to a file, for runs of several processes."""
+
+    def after_train(self, runner):
+        super().after_train(runner)
+        Path(runner.work_dir, f'reads_{dist.get_rank()}.json').write_text(
+            json.dumps(list(zip(self.counts, self.late))))
+
+
 OUR_HOOKS = [dict(type='NonFiniteGuardHook'), dict(type='ExactResumeHook'),
              dict(type='UnreadableImageHook'),
              dict(type='AtomicCheckpointHook', interval=1, priority='VERY_LOW')]
@@ -313,6 +411,29 @@ def test_no_wait_for_the_device_between_two_lines_of_the_log(tmp_path, info, fus
                if i > 1 and i % 12 and (i + 1) % 4]
     assert len(between) == 15
     assert all(n for n, _ in between) if waits else set(between) == {(0, 1)}
+
+
+@pytest.mark.parametrize('guarded', [True, False])
+def test_two_processes_do_not_wait_either(folder, guarded):
+    """They agree about SIGTERM in every update, and read the answer one update later."""
+    cfg = Config.fromfile(save_pretraining())
+    for index in range(4, 32):
+        save_image(Path(f'data/imagenet/train/n00000000/{index}.JPEG'))
+    cfg.custom_imports = dict(imports=['nepa_mm', 'tests.test_speed'])
+    cfg.optim_wrapper = dict(type='BF16OptimWrapper', clip_grad=dict(max_norm=1.),
+                             optimizer=dict(type='AdamW', lr=1e-3, fused=True))
+    cfg.default_hooks = dict(logger=dict(type='LoggerHook', interval=100),
+                             runtime_info=dict(type='DeferredRuntimeInfoHook'))
+    cfg.custom_hooks = [dict(type='ModelEMAHook', momentum=0.5), *OUR_HOOKS[not guarded:],
+                        dict(type='SavedReadsHook')]
+    cfg.dump('reads.py')
+    code, output = run_script('dist_train.sh', Path('reads.py').absolute(), 2, '--work-dir', 'two',
+                              *options('train_dataloader.batch_size=1'), cwd=folder)
+    assert code == 0, output
+    for rank in (0, 1):
+        reads = json.loads(Path(f'two/reads_{rank}.json').read_text())
+        assert len(reads) == 16
+        assert all(read == [0, 1] for read in reads[2:-1]), reads
 
 
 def test_what_is_printed_and_saved_is_the_same(tmp_path):

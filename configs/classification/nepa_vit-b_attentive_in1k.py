@@ -20,6 +20,7 @@ optim_wrapper = dict(
     _delete_=True,
     type='BF16OptimWrapper',
     constructor='LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(
+        type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=1.0))
 auto_scale_lr = dict(base_batch_size=1024)

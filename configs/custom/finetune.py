@@ -57,7 +57,8 @@ model = dict(
         in_channels=embed_dims,
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
         init_cfg=dict(type='Constant', layer='Linear', val=0)),
-    data_preprocessor=dict(mean=mean, std=std, to_rgb=channels == 3))
+    data_preprocessor=dict(
+        type='NEPAClsDataPreprocessor', mean=mean, std=std, to_rgb=channels == 3))
 
 color_type = {1: 'grayscale', 3: 'color'}.get(channels, 'unchanged')
 resize = dict(interpolation='bicubic', backend='pillow' if channels in (1, 3) else 'cv2')

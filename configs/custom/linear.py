@@ -48,7 +48,8 @@ model = dict(
             type='Pretrained', checkpoint=pretrained, prefix='backbone.')),
     neck=dict(type='ClsBatchNormNeck', input_features=embed_dims),
     head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=embed_dims),
-    data_preprocessor=dict(mean=mean, std=std, to_rgb=channels == 3))
+    data_preprocessor=dict(
+        type='NEPAClsDataPreprocessor', mean=mean, std=std, to_rgb=channels == 3))
 
 color_type = {1: 'grayscale', 3: 'color'}.get(channels, 'unchanged')
 resize = dict(interpolation='bicubic', backend='pillow' if channels in (1, 3) else 'cv2')

@@ -33,7 +33,7 @@ model = dict(
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
         init_cfg=dict(type='Constant', layer='Linear', val=0)),
     data_preprocessor=dict(
-        mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True))
+        type='NEPAClsDataPreprocessor', mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True))
 
 train_dataloader = dict(
     batch_size=50, num_workers=0, persistent_workers=False,

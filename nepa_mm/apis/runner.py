@@ -62,6 +62,8 @@ def build_runner(cfg: Config) -> Runner:
     fill_dataloaders(cfg)
     if cfg.get('visualizer'):       # vis_backends alone are enough
         cfg.visualizer.setdefault('type', 'Visualizer')
+    if cfg.launcher != 'none' and cfg.get('runner_type') != 'FSDPRunner':   # it needs no wrapper
+        _set_wrapper(cfg)
     if cfg.launcher != 'none' and get_device() == 'cpu':
         notes += _prepare_cpu_group(cfg)
     with filtered_runner_logs():
@@ -232,6 +234,9 @@ def _read_launcher(launcher):
             raise ValueError(f'--launcher {launcher} needs the environment variable {source}: '
                              'start it with tools/dist_*.sh, tools/slurm_*.sh or mpirun.')
         os.environ[name] = os.environ[source]
+    if launcher == 'slurm' and _has_own_gpus():
+        # mmengine takes the number of the task for that of its GPU
+        os.environ['SLURM_LOCALID'] = os.environ['LOCAL_RANK'] = '0'
     local_rank, gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
     if get_device() == 'cuda' and local_rank >= gpus:
         raise ValueError(f'more processes on this machine than its {gpus} visible GPUs: process '
@@ -239,12 +244,31 @@ def _read_launcher(launcher):
     return int(os.environ['WORLD_SIZE'])
 
 
+def _has_own_gpus():
+    """Whether Slurm hides the GPUs of the other tasks on this machine from this one."""
+    gpus = torch.cuda.device_count()
+    of_node, of_task = (int(os.environ.get(name, '').rpartition(':')[2] or 0) for name in (
+        'SLURM_GPUS_ON_NODE', 'SLURM_GPUS_PER_TASK'))       # 8, h100:1
+    return 0 < gpus <= max(of_node - 1, of_task)
+
+
+def _set_wrapper(cfg):
+    """Give mmengine its default wrapper, with gradients that are views of the buckets.
+
+    DistributedDataParallel otherwise keeps a second copy of all gradients. A device id, which
+    mmengine passes by default, is an error on the CPU.
+    """
+    wrapper = cfg.get('model_wrapper_cfg') or dict(
+        type='MMDistributedDataParallel', broadcast_buffers=False, gradient_as_bucket_view=True,
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None) if get_device() == 'cpu' else wrapper
+
+
 def _prepare_cpu_group(cfg):
     """Create the gloo group and replace settings that need a GPU; return log messages.
 
     mmengine's ``init_dist`` selects a CUDA device for every backend; mmengine skips it if a group
-    exists. Its default wrapper passes a device id, which DistributedDataParallel rejects on the
-    CPU. SyncBN works on GPUs only.
+    exists. SyncBN works on GPUs only.
     """
     if not distributed.is_initialized():
         if cfg.launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
@@ -254,11 +278,6 @@ def _prepare_cpu_group(cfg):
         os.environ.setdefault('MASTER_PORT', '29500')
         distributed.init_process_group('gloo')
         atexit.register(_leave_cpu_group)
-    if cfg.get('runner_type') != 'FSDPRunner':      # FSDPRunner uses no wrapper
-        wrapper = cfg.get('model_wrapper_cfg') or dict(
-            type='MMDistributedDataParallel', broadcast_buffers=False,
-            find_unused_parameters=cfg.get('find_unused_parameters', False))
-        cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
     notes = [f'No GPU: {distributed.get_world_size()} processes on the CPU, through gloo.']
     layers = [node for node in iter_dicts(cfg.model) if node.get('type') == 'SyncBN']
     for node in layers:

@@ -15,14 +15,33 @@ def compiled(function: Callable) -> Callable:
     """Compile a function at its first call: one graph per shape of its tensors.
 
     Turns off DDPOptimizer in this process. It would cut each graph at the gradient buckets, so
-    that a block could start to reduce its gradients before it ends.
+    that a block could start to reduce its gradients before it ends. Sets the number of compile
+    workers, unless ``TORCHINDUCTOR_COMPILE_THREADS`` does.
 
     Args:
         function (callable): A module-level function, so that all blocks share its graphs.
     """
     torch._dynamo.config.optimize_ddp = False
+    if 'TORCHINDUCTOR_COMPILE_THREADS' not in os.environ:
+        from torch._inductor import config  # slow; before anything that starts the workers
+        config.compile_threads = share_of_workers(config.decide_compile_threads())
     # dynamic shapes would give full batches the slower graph of the first short batch
     return torch.compile(function, dynamic=False)
+
+
+def share_of_workers(workers: int) -> int:
+    """Share the compile workers of a machine among its processes.
+
+    Args:
+        workers (int): torch's number for one process, at most 32: the cores that it may use.
+
+    Returns:
+        int: The share of this process, at least 1, and no more than the cores of a Slurm task.
+    """
+    processes = os.environ.get('LOCAL_WORLD_SIZE') or (     # set by torchrun
+        os.environ.get('OMPI_COMM_WORLD_LOCAL_SIZE') or 1)
+    cores = os.environ.get('SLURM_CPUS_PER_TASK') or workers
+    return max(1, min(workers // int(processes), int(cores)))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Helpers that every wing may import: errors, files, output names, random states, signals."""
+"""Helpers that all wings may import: errors, files, host copies, outputs, random state, signals."""
 
 
 def register_all_modules(init_default_scope: bool = True) -> None:

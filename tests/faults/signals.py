@@ -88,6 +88,8 @@ CASES = [
     ('start', 1, 'process', TWO),
     ('train:5', 1, 'twice', TWO),
     ('train:5', 1, 'each', (*TWO, *NO_GUARD)),
+    ('train:5', 1, 'one', (*TWO, *NO_GUARD)),
+    ('train:7', 1, 'one', (*TWO, *NO_GUARD)),
     ('train:6', 1, 'process', (*TWO, *ACCUMULATED)),
     ('train:9', 1, 'one', TWO),
     ('save:4', 33, 'process', TWO),     # torchrun by itself waits for 30 seconds

@@ -24,6 +24,7 @@ model = dict(
         loss=dict(type='CrossEntropyLoss', use_soft=True),
         init_cfg=dict(type='Constant', layer='Linear', val=0)),
     data_preprocessor=dict(
+        type='NEPAClsDataPreprocessor',
         num_classes=1000,       # RunCheckHook sets the head's number, also for Mixup
         mean=[127.5] * 3,
         std=[127.5] * 3,

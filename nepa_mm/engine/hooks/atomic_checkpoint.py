@@ -14,6 +14,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 from nepa_mm.engine.hooks.non_finite_guard import NonFiniteGuardHook
 from nepa_mm.utils.files import atomic_write, lock_folder, remove_leftovers, survive_full_disk
+from nepa_mm.utils.host_copy import HostCopy
 from nepa_mm.utils.signals import STATUS, record_sigterm, request, restore, shield_workers
 
 
@@ -139,6 +140,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self.guarded = any(isinstance(hook, NonFiniteGuardHook) and hook.watching
                            for hook in runner.hooks)
         self.previous, self.listening = record_sigterm(), True
+        self.asked = None       # the answer of all processes to the last update's question
         if self.validating and runner.val_loop is not None:
             runner.logger.info('Repeating the validation that SIGTERM interrupted.')
             runner.val_loop.run()
@@ -166,9 +168,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Save at the interval; save and exit after SIGTERM."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        if runner.optim_wrapper.should_update() and (
-                request.agreed if self.guarded and dist.get_world_size() > 1
-                else self._any_process_terminated()):
+        if runner.optim_wrapper.should_update() and self._agreed_to_stop():
             self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter + 1,
                                 validating=_validation_follows(runner))
 
@@ -179,16 +179,24 @@ class AtomicCheckpointHook(CheckpointHook):
         loader = runner.val_loop.dataloader
         common = len(loader.dataset) // dist.get_world_size() // (loader.batch_size or 1)
         # only batches that all processes have
-        if batch_idx < common and self._any_process_terminated():
+        if batch_idx < common and any(self._ask_all().tolist()):
             self._save_and_exit(runner, epoch=runner.epoch, iter=runner.iter, validating=True)
 
-    @staticmethod
-    def _any_process_terminated():
+    def _agreed_to_stop(self):
+        """Whether any process received SIGTERM; with several, whether all of them know."""
         if dist.get_world_size() == 1:
             return request.received
-        terminated = torch.tensor(int(request.received), device=dist.get_comm_device())
+        if self.guarded:
+            return request.agreed
+        asked, self.asked = self.asked, self._ask_all()
+        return asked is not None and any(asked.tolist())    # asked one update ago: no host sync
+
+    @staticmethod
+    def _ask_all():
+        device = 'cpu' if dist.get_world_size() == 1 else dist.get_comm_device()
+        terminated = torch.full((1,), float(request.received), device=device)
         dist.all_reduce(terminated, 'max')
-        return bool(terminated.item())
+        return HostCopy(terminated)
 
     def _save_and_exit(self, runner, **meta):
         runner.logger.warning('SIGTERM: saving interrupted.pth and exiting.')

@@ -12,6 +12,7 @@ from mmengine.registry import HOOKS
 from torch.optim import Adam, AdamW
 
 from nepa_mm.engine.fsdp_runner import full_tensor
+from nepa_mm.utils.host_copy import HostCopy
 from nepa_mm.utils.signals import request
 
 WINDOW = 100
@@ -147,21 +148,16 @@ class NonFiniteGuardHook(Hook):
         bad = (~values.isfinite()).any().float()
         flags = torch.stack([bad, torch.full_like(bad, request.received)])
         dist.all_reduce(flags, 'max')   # all processes stop or skip together
-        values, event = torch.cat([flags, values]), None
-        if values.is_cuda:
-            values = values.to('cpu', non_blocking=True)    # torch pins the copy
-            event = torch.cuda.Event()
-            event.record()
-        self.pending = runner.iter + 1, [samples for samples, _ in seen], values, event
+        self.pending = (runner.iter + 1, [samples for samples, _ in seen],
+                        HostCopy(torch.cat([flags, values])))
         return flags[0]
 
     def _inspect(self, runner):
         """Read the last measurement; return whether its step is finite."""
         if self.pending is None:
             return True
-        (iteration, batches, values, event), self.pending = self.pending, None
-        if event is not None:
-            event.synchronize()     # has passed already, except before a checkpoint and the like
+        (iteration, batches, values), self.pending = self.pending, None
+        # has arrived already, except before a checkpoint and the like
         bad, terminated, norm, *losses = values.tolist()
         request.agreed = request.agreed or bool(terminated)
         if not bad:
