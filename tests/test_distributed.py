@@ -12,6 +12,7 @@ from mmengine.config import Config
 
 from nepa_mm.apis import runner
 
+from .conftest import REPO
 from .tiny_runs import (
     TOOLS,
     load_tool,
@@ -197,6 +198,13 @@ def test_slurm(folder, script, fourth, expected):
         '--partition=gpu', '--job-name=job', '--gres=gpu:4', '--ntasks=16', '--ntasks-per-node=4',
         '--cpus-per-task=9', '--kill-on-bad-exit=1', '--quiet', '--exclusive', 'python', '-u',
         *expected, '--launcher', 'slurm', '--cfg-options', 'a=b c', '12345']
+
+
+def test_slurm_has_a_core_for_each_worker(folder):
+    save_program('srun', 'printf "%s\\n" "$@"')
+    output = run_script('slurm_train.sh', 'gpu', 'job', 'c.py', 'work', cwd=folder)[1]
+    cfg = Config.fromfile(REPO / 'configs' / 'pretrain' / 'nepa_vit-b.py')
+    assert f'--cpus-per-task={cfg.train_dataloader.num_workers}' in output.splitlines()
 
 
 @pytest.mark.parametrize('script, args', [

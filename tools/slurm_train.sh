@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train under Slurm:
 #     GPUS=16 tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [flags of train.py]
-# GPUS (8) is the total over all machines. GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS (split
+# GPUS (8) is the total over all machines. GPUS_PER_NODE (8), CPUS_PER_TASK (12) and SRUN_ARGS (split
 # at blanks) are passed to srun. PORT is the port of the process group (default: a random one).
 set -eu
 
@@ -19,7 +19,7 @@ exec srun \
     --gres="gpu:${GPUS_PER_NODE:-8}" \
     --ntasks="${GPUS:-8}" \
     --ntasks-per-node="${GPUS_PER_NODE:-8}" \
-    --cpus-per-task="${CPUS_PER_TASK:-5}" \
+    --cpus-per-task="${CPUS_PER_TASK:-12}" \
     --kill-on-bad-exit=1 \
     ${SRUN_ARGS:-} \
     python -u "$TOOLS/train.py" "$3" --work-dir "$4" --launcher slurm "${@:5}"
