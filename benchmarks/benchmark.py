@@ -328,12 +328,13 @@ def loader(args):
     """Measure images per second of one process and of all workers together."""
     init_default_scope('mmpretrain')
     default = Config.fromfile(BASES / 'datasets' / 'imagenet_pretrain.py').train_pipeline
-    scale = default[1].scale
+    crop, *rest = default
+    crop = dict(crop, type='RandomResizedCrop', backend='pillow')
     pillow = dict(type='LoadImageFromFile', imdecode_backend='pillow')
     pipelines = {
-        'LoadImageWithPillow (default)': default,
-        'mmpretrain with Pillow': [pillow, *default[1:]],
-        'LoadRandomResizedCrop': [dict(type='LoadRandomResizedCrop', scale=scale), *default[2:]]}
+        'LoadRandomResizedCrop (default)': default,
+        'LoadImageWithPillow': [dict(type='LoadImageWithPillow'), crop, *rest],
+        'mmpretrain with Pillow': [pillow, crop, *rest]}
     with tempfile.TemporaryDirectory() as folder:
         original, small = Path(folder, 'original'), Path(folder, 'short side 256')
         workloads.make_jpegs(original, args.images)

@@ -188,7 +188,7 @@ def test_loader_and_plan(tmp_path):
     rows = benchmark(['loader', '--images', '6', '--workers', '1', '--repeats', '1',
                       '--json', data])
     assert [row['pipeline'] for row in rows] == 2 * [
-        'LoadImageWithPillow (default)', 'mmpretrain with Pillow', 'LoadRandomResizedCrop']
+        'LoadRandomResizedCrop (default)', 'LoadImageWithPillow', 'mmpretrain with Pillow']
     assert all(row['images/s of one core'] > 0 and row['images/s in total'] > 0 for row in rows)
     parts = benchmark(['plan', '--gpus', '8', '--model', 'b', '--images-per-second', '500',
                        '--loader-json', data, '--cores', '2'])

@@ -84,11 +84,14 @@ def test_recipe(path):
     assert cfg.param_scheduler.warmup == (10 if '200e' in path.stem else 40)
     assert cfg.param_scheduler.end == cfg.train_cfg.max_epochs
     assert cfg.model.data_preprocessor.mean == cfg.model.data_preprocessor.std == [127.5] * 3
-    crop = next(step for step in cfg.train_dataloader.dataset.pipeline
-                if step.type == 'RandomResizedCrop')
-    smallest = 0.2 if 'cifar10' in path.stem else 0.08
-    assert (crop.crop_ratio_range, crop.interpolation, crop.backend) == (
-        (smallest, 1.0), 'bilinear', 'pillow')
+    crop, flip, pack = cfg.train_dataloader.dataset.pipeline
+    files = 'cifar10' not in path.stem      # else the data set holds its pixels
+    assert crop == dict(
+        scale=224 if '224' in path.stem or batch == 4096 else 160 if files else 32,
+        crop_ratio_range=(0.08 if files else 0.2, 1.0), interpolation='bilinear',
+        **dict(type='LoadRandomResizedCrop') if files else dict(
+            type='RandomResizedCrop', backend='pillow'))
+    assert (flip, pack) == (dict(type='RandomFlip', prob=0.5), dict(type='PackInputs'))
     assert cfg.resume and cfg.randomness.seed == 1337
     docstring = Path(path).read_text().split('"""')[1]
     assert all(word in docstring for word in ('Paper:', 'Expected:', 'Cost:', 'Command:'))

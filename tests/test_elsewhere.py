@@ -281,3 +281,13 @@ def test_inputs_that_others_cannot_have(capsys):
             mean=images['mean'], std=images['std'], to_rgb=True)),
             test_dataloader=dict(dataset=dict(pipeline=pipeline_of(images))))
         assert input_of(cfg) == images
+
+
+def test_input_of_pretraining_is_that_of_its_crops():
+    """A network that was trained on antialiased images is not shown others."""
+    expected = dict(resize=224, crop=[224, 224], interpolation='bilinear', backend='pillow',
+                    mean=[127.5] * 3, std=[127.5] * 3, channel_order='RGB')
+    cfg = Config.fromfile(REPO / 'configs' / 'pretrain' / 'nepa_vit-b.py')
+    assert input_of(cfg) == expected
+    cfg.train_dataloader.dataset.pipeline[0].type = 'nepa_mm.datasets.LoadRandomResizedCrop'
+    assert input_of(cfg) == expected

@@ -128,12 +128,17 @@ def loaders(config):
     'segmentation/nepa_vit-l_upernet_160k_ade20k-512x512_ms-flip.py', 'demo/digits_upernet.py'])
 def test_pipelines_of_the_configs(config):
     for step in loaders(config):
+        if step.type == 'LoadRandomResizedCrop':    # the whole image is one possible crop
+            step.update(scale=28, crop_ratio_range=(1., 1.), aspect_ratio_range=(1., 1.))
         load = TRANSFORMS.build(step)
         for kind in KINDS:
             path, expected = write(kind, 'data')
             results = load(dict(img_path=str(path)))
-            assert np.array_equal(results['img'], expected[..., ::-1]), (step, kind)
-            assert results['img_shape'] == (28, 28)
+            if step.type == 'LoadRandomResizedCrop' and kind == 'cmyk':     # rounds differently
+                assert abs(results['img'][..., ::-1].astype(int) - expected).max() <= 2
+            else:
+                assert np.array_equal(results['img'], expected[..., ::-1]), (step, kind)
+            assert results['img_shape'][:2] == (28, 28)
 
 
 @pytest.mark.parametrize('kind', SOME)

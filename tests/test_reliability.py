@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import zipfile
 from pathlib import Path
 
@@ -186,6 +187,98 @@ def test_outdated_files_go_after_the_new_one_is_complete(config):
     run_train([config])
     assert left() == {'epoch_3.pth', 'epoch_4.pth', 'last_checkpoint', 'run.py'}
     assert Path('work_dirs/run/last_checkpoint').read_text().endswith('epoch_4.pth')
+
+
+@HOOKS.register_module()
+class DiskHook(Hook):
+    """A disk that is busy until iteration ``free_at`` is over, or that iteration's error."""
+
+    busy = threading.Event()
+
+    def __init__(self, free_at, fail=False):
+        self.free_at, self.fail = free_at, fail
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.free_at:
+            DiskHook.files = sorted(path.name for path in Path(runner.work_dir).glob('*.pth'))
+            if self.fail:
+                raise ArithmeticError('the run failed')
+            self.busy.set()
+
+
+@pytest.fixture
+def busy_disk(monkeypatch):
+    """Nothing is serialised while the disk is busy; tells whether it became free in time."""
+    waits, save = [], torch.save
+
+    def wait(*args, **kwargs):
+        waits.append(DiskHook.busy.wait(3))
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'save', wait)
+    DiskHook.busy.clear()
+    return waits
+
+
+def add_disk_hook(config, **kwargs):
+    cfg = Config.fromfile(config)
+    cfg.custom_hooks.append(dict(type='DiskHook', **kwargs))
+    cfg.dump('disk.py')
+    return 'disk.py'
+
+
+def test_training_continues_while_a_checkpoint_is_written(config, busy_disk):
+    """The file holds the state of its iteration, though the weights have changed since."""
+    waits, disk = busy_disk, add_disk_hook(config, free_at=4)
+    run_train([disk, '--work-dir', 'b', *epochs(3)])
+    assert DiskHook.files == [] and waits == 3 * [True]
+    run_train([config, '--work-dir', 'a', *epochs(3)])
+    for epoch in (2, 3):    # the last two are kept
+        one, two = (torch.load(f'{folder}/epoch_{epoch}.pth', weights_only=False)
+                    for folder in 'ab')
+        assert equal(one['state_dict'], two['state_dict'])
+        assert equal(one['ema_state_dict'], two['ema_state_dict'])
+        for states in zip(*(x['optimizer']['state'].values() for x in (one, two))):
+            assert equal(*states)
+        assert one['meta']['run'] == two['meta']['run']
+        for state in (one, two):
+            assert len(state['message_hub']['log_scalars']['train/loss'].data[0]) == 2 * epoch
+
+
+def test_the_state_is_copied_before_training_continues(config, busy_disk):
+    """The first checkpoint is serialised after two more updates of its weights."""
+    run_train([add_disk_hook(config, free_at=4), '--work-dir', 'b', *epochs(
+        2, 'default_hooks.checkpoint.max_keep_ckpts=-1')])
+    run_train([config, '--work-dir', 'a', *epochs(1)])
+    one, two = (read_checkpoint(f'{folder}/epoch_1.pth') for folder in 'ab')
+    assert equal(one['state_dict'], two['state_dict']) and two['meta']['iter'] == 2
+    assert equal(one['optimizer']['state'][0], two['optimizer']['state'][0])
+
+
+def test_an_error_and_sigterm_wait_for_the_checkpoint(config, busy_disk):
+    """Both happen in the iteration after a save."""
+    with pytest.raises(ArithmeticError):
+        run_train([add_disk_hook(config, free_at=3, fail=True), '--work-dir', 'a'])
+    assert DiskHook.files == []
+    resumed = run_train([config, '--work-dir', 'a', *epochs(2)])    # in the same process
+    assert len(resumed.losses) == 2     # of epoch 2 alone
+    with pytest.raises(SystemExit) as ended:
+        run_train([config, '--work-dir', 'b', *options('custom_hooks.0.stop_at=3')])
+    assert ended.value.code == 143
+    for name, iteration in (('epoch_1', 2), ('interrupted', 3)):
+        assert read_checkpoint(f'b/{name}.pth')['meta']['iter'] == iteration
+
+
+def test_a_write_that_failed_in_the_thread_is_forgotten(config):
+    """The run says so, removes nothing for it, and the next file names no missing one."""
+    Path('work_dirs/run/epoch_3.pth').mkdir(parents=True)       # no file can take its place
+    runner = run_train([config])
+    log = next(Path(runner.log_dir).glob('*.log')).read_text()
+    assert 'could not be written, the run continues without it: ' in log
+    assert {path.name for path in Path('work_dirs/run').glob('*.pth') if path.is_file()} == {
+        'epoch_2.pth', 'epoch_4.pth'}
+    info = read_checkpoint('work_dirs/run/epoch_4.pth')['message_hub']['runtime_info']
+    assert info['keep_ckpt_ids'] == [2, 4] and info['last_ckpt'] == 'epoch_4.pth'
 
 
 def test_settings_are_checked():

@@ -251,4 +251,5 @@ def test_our_configs(path, replaced):
     cfg = Config.fromfile(REPO / 'configs' / f'{path}.py')
     hook = HOOKS.build(cfg.default_hooks.unreadable)
     assert hook.replace_labelled == replaced
-    assert cfg.train_dataloader.dataset.pipeline[0].type == 'LoadImageWithPillow'
+    assert cfg.train_dataloader.dataset.pipeline[0].type == (
+        'LoadRandomResizedCrop' if replaced else 'LoadImageWithPillow')

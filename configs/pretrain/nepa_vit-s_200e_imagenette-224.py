@@ -14,7 +14,7 @@ the EMA averages over 2 % of the 7,400 updates, the fraction of the released rec
 _base_ = ['./nepa_vit-s_imagenette.py']
 
 train_pipeline = _base_.train_pipeline
-train_pipeline[1].scale = 224
+train_pipeline[0].scale = 224
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 
 epochs = 200

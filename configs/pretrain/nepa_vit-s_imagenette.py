@@ -16,7 +16,7 @@ _base_ = ['./nepa_vit-s.py']
 model = dict(backbone=dict(patch_size=16, layer_scale_init_value=0.1))
 
 train_pipeline = _base_.train_pipeline
-train_pipeline[1].scale = 160
+train_pipeline[0].scale = 160
 train_dataloader = dict(
     batch_size=256,
     dataset=dict(

@@ -16,8 +16,16 @@ _base_ = ['./nepa_vit-s.py']
 
 model = dict(backbone=dict(arch='tiny', patch_size=4, layer_scale_init_value=0.1))
 
-train_pipeline = _base_.train_pipeline[1:]
-train_pipeline[0].update(scale=32, crop_ratio_range=(0.2, 1.0))
+train_pipeline = [
+    dict(
+        type='RandomResizedCrop',
+        scale=32,
+        crop_ratio_range=(0.2, 1.0),
+        interpolation='bilinear',
+        backend='pillow'),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackInputs'),
+]
 batch = 512
 train_dataloader = dict(
     batch_size=batch,

@@ -113,11 +113,12 @@ def _read_crops(pipeline):
     sizes = [step for step in pipeline if 'scale' in step or 'crop_size' in step]
     if not sizes:
         return {}
-    scale = sizes[-1].get('crop_size', sizes[-1].get('scale'))
-    crop = list(to_2tuple(scale))[::-1]
+    last = sizes[-1]
+    crop = list(to_2tuple(last.get('crop_size', last.get('scale'))))[::-1]
+    antialiased = type_name(last) == 'LoadRandomResizedCrop'    # has no argument backend
     return dict(resize=min(crop) if crop[0] == crop[1] else crop, crop=crop,
-                interpolation=sizes[-1].get('interpolation', 'bilinear'),
-                backend=sizes[-1].get('backend', 'cv2'))
+                interpolation=last.get('interpolation', 'bilinear'),
+                backend=last.get('backend', 'pillow' if antialiased else 'cv2'))
 
 
 def _validated(found):

@@ -65,3 +65,23 @@ def _progress(file):
     if not all(type(number) is int for number in found):
         raise ValueError(f'{file} does not record the progress of the run.')
     return *found, bool(meta.get('validating'))
+
+
+def keep_file_names(info: dict) -> None:
+    """Reduce the paths of a checkpoint's ``runtime_info`` to valid file names and numbers.
+
+    The run will remove these files, and the checkpoint may come from another folder or from
+    an untrusted source.
+
+    Args:
+        info (dict): Changed in place.
+    """
+    for key, value in list(info.items()):
+        if key == 'last_ckpt' or key.startswith('best_ckpt'):
+            name = Path(str(value)).name
+            info[key] = name if name.startswith('best_') or key == 'last_ckpt' else None
+        elif key.startswith('best_score') and not isinstance(value, (int, float)):
+            del info[key]
+    ids = info.get('keep_ckpt_ids', [])
+    info['keep_ckpt_ids'] = [step for step in ids if type(step) is int] if (
+        isinstance(ids, list)) else []

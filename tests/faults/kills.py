@@ -30,7 +30,10 @@ report = None       # in a child: where to write its progress
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Tell the parent that training began (0), and which epochs were saved (1, 2, ...)."""
+    """Tell the parent that training began (0), and which epochs must be on disk (1, 2, ...).
+
+    A save has waited for the one before it; its own file may still be written.
+    """
 
     priority = 'LOWEST'
 
@@ -38,7 +41,8 @@ class ProgressHook(Hook):
         os.write(report, bytes([0]))
 
     def after_train_epoch(self, runner):
-        os.write(report, bytes([runner.epoch + 1]))
+        if runner.epoch:
+            os.write(report, bytes([runner.epoch]))
 
 
 def save_config():

@@ -1,23 +1,21 @@
 """ImageNet-1K, 256 images per GPU: random resized crop and flip, nothing else.
 
-The crop covers 8 to 100 % of the area and is resized bilinearly by Pillow with antialiasing, like
-torchvision in the reference. Fine-tuning uses bicubic crops.
+The crop covers 8 to 100 % of the area. torchvision reads and resizes it bilinearly with
+antialiasing, as in the reference. Fine-tuning uses bicubic crops.
 """
 train_pipeline = [
-    dict(type='LoadImageWithPillow'),
     dict(
-        type='RandomResizedCrop',
+        type='LoadRandomResizedCrop',
         scale=224,
         crop_ratio_range=(0.08, 1.0),
-        interpolation='bilinear',
-        backend='pillow'),
+        interpolation='bilinear'),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackInputs'),
 ]
 
 train_dataloader = dict(
     batch_size=256,
-    num_workers=8,
+    num_workers=12,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),

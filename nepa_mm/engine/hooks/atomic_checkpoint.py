@@ -1,7 +1,9 @@
 """Checkpoints that are complete or absent, however writing them ends."""
 import os
+import threading
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +13,14 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 
-from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
+from nepa_mm.checkpoints.background import WriterThread, deferred_saves
+from nepa_mm.checkpoints.resumable import find_resumable_checkpoint, keep_file_names
 from nepa_mm.engine.hooks.non_finite_guard import NonFiniteGuardHook
 from nepa_mm.utils.files import atomic_write, lock_folder, remove_leftovers, survive_full_disk
 from nepa_mm.utils.host_copy import HostCopy
 from nepa_mm.utils.signals import STATUS, record_sigterm, request, restore, shield_workers
+
+FILES = ('last_ckpt', 'keep_ckpt_ids', 'best_')     # prefixes of what names the files of a run
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -51,9 +56,11 @@ register_backend('atomic', AtomicLocalBackend)
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook with atomic writes, safe resume and SIGTERM handling.
 
-    - Writes are atomic: temporary file, flush, rename. The outdated checkpoint, or the
-      previous best, is removed afterwards, then ``last_checkpoint`` is updated. A failed
-      write changes nothing on the disk or in the run.
+    - The state is copied, and a thread writes it while training continues. The next save,
+      SIGTERM and the end of training wait for it. The host needs memory for two copies.
+    - Writes are atomic: temporary file, flush, rename. Then ``last_checkpoint`` is updated and
+      the outdated checkpoint, or the previous best, is removed. A failed write changes
+      nothing on the disk, and in the run nothing after the next save.
     - A resumed run takes the latest intact checkpoint of its ``work_dir`` and warns about
       later ones that are damaged. Reading never executes a pickle.
     - SIGTERM (Slurm, Kubernetes, spot instances) ends the run after the current update, or
@@ -63,7 +70,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     Args:
         on_write_error (str): 'warn' continues without that checkpoint and tries again at
-            the next interval; 'raise' ends the run. Defaults to 'warn'.
+            the next interval; 'raise' ends the run at the next save. Defaults to 'warn'.
         **kwargs: Arguments of :class:`mmengine.hooks.CheckpointHook`; files must be local.
 
     Raises:
@@ -81,12 +88,16 @@ class AtomicCheckpointHook(CheckpointHook):
         super().__init__(**dict(kwargs, backend_args=dict(backend='atomic')))
         self.on_write_error = on_write_error
         self.listening = self.validating = False
+        self.thread = self.jobs = None
 
     def before_run(self, runner):
         """Lock the folder, and choose the checkpoint to resume before the Runner reads it."""
         if not isinstance(runner._train_loop, BaseLoop):
             return
         survive_full_disk(runner.visualizer, runner.logger)
+        for thread in threading.enumerate():    # of a run in this process that an error ended
+            if isinstance(thread, WriterThread):
+                thread.join()
         folder = runner.work_dir
         if self.out_dir not in (None, folder):      # mmengine's rule
             folder = os.path.join(self.out_dir, os.path.basename(folder.rstrip(os.sep)))
@@ -127,7 +138,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_train(self, runner):
         """Listen to SIGTERM; repeat a validation that it interrupted."""
-        _keep_file_names(runner.message_hub.runtime_info)
+        keep_file_names(runner.message_hub.runtime_info)
         super().before_train(runner)
         if self.save_best is not None and len(self.key_indicators) == 1:
             self.best_ckpt_path = self._own(self.best_ckpt_path)
@@ -153,15 +164,16 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_save_checkpoint(self, runner, checkpoint):
         """Save file names without folders: a work directory may be moved or copied."""
-        _keep_file_names(checkpoint['message_hub']['runtime_info'])
+        keep_file_names(checkpoint['message_hub']['runtime_info'])
 
     def _step(self, runner):
         return runner.epoch if self.by_epoch else runner.iter
 
     def after_train(self, runner):
-        """Stop listening."""
-        with self._roll_back_on_error(runner):
-            super().after_train(runner)
+        """Wait for the last checkpoint, publish, and stop listening."""
+        with self._in_thread(runner):
+            self.jobs.append(partial(super().after_train, runner))
+        self._wait(runner)
         restore(self.previous)
         self.listening = False
 
@@ -200,13 +212,14 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _save_and_exit(self, runner, **meta):
         runner.logger.warning('SIGTERM: saving interrupted.pth and exiting.')
-        with self._roll_back_on_error(runner):
+        with self._in_thread(runner):
             self._write(runner, 'interrupted.pth', meta)
+        self._wait(runner)
         dist.barrier()
         raise SystemExit(STATUS)
 
     def _save_checkpoint_with_step(self, runner, step, meta):
-        with self._roll_back_on_error(runner):
+        with self._in_thread(runner):
             if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
                 if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
                     self.file_backend.remove(
@@ -226,56 +239,59 @@ class AtomicCheckpointHook(CheckpointHook):
             self.out_dir, name, save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
             backend_args=self.backend_args, **self.args)
-        if dist.is_main_process():
-            pointer = os.path.join(runner.work_dir, 'last_checkpoint')
-            self.file_backend.put(self.last_ckpt.encode(), pointer)
+        pointer = os.path.join(runner.work_dir, 'last_checkpoint')
+        self.jobs.append(partial(self.file_backend.put, self.last_ckpt.encode(), pointer))
 
     def _save_best_checkpoint(self, runner, metrics):
-        with self._roll_back_on_error(runner):
+        with self._in_thread(runner):
             super()._save_best_checkpoint(runner, metrics)
 
     @contextmanager
-    def _roll_back_on_error(self, runner):
-        """Remove outdated files after a complete write; roll back after a failed one."""
-        own = {name: copy(value) for name, value in vars(self).items()
-               if name != 'file_backend'}
-        info = dict(runner.message_hub.runtime_info)
-        outer, self.writing = getattr(self, 'writing', False), True
-        try:
+    def _in_thread(self, runner):
+        """Write what is saved within, then remove outdated files, in a thread."""
+        if self.jobs is not None:       # within another
             yield
-            if not outer and dist.is_main_process():
-                self.file_backend.remove_outdated()
-        except OSError as error:
-            if outer:
-                raise
-            vars(self).update(own)
-            self.file_backend.outdated = []
-            runner.message_hub.runtime_info.clear()
-            runner.message_hub.runtime_info.update(info)
-            if self.on_write_error == 'raise':
-                raise
-            # with the iteration, for mmengine logs equal warnings once
-            runner.logger.warning(f'The checkpoint of iteration {runner.iter} could not be '
-                                  f'written, the run continues without it: {error}')
+            return
+        self._wait(runner)
+        self.before = [_files(values) for values in (vars(self), runner.message_hub.runtime_info)]
+        try:
+            with deferred_saves() as self.jobs:
+                yield
+            if dist.is_main_process():
+                self.thread = WriterThread(
+                    [*self.jobs, self.file_backend.remove_outdated],
+                    partial(self._report, runner.logger, runner.iter))
         finally:
-            self.writing = outer
+            self.jobs = None
+
+    def _report(self, logger, iteration, error):
+        end = ', the run continues without it' * self._goes_on_after(error)
+        # with the iteration, for mmengine logs equal warnings once
+        logger.warning(
+            f'The checkpoint of iteration {iteration} could not be written{end}: {error}')
+
+    def _goes_on_after(self, error):
+        return isinstance(error, OSError) and self.on_write_error == 'warn'
+
+    def _wait(self, runner):
+        """Wait for the thread. If it failed, forget the files that it should have written."""
+        if self.thread is None:
+            return
+        self.thread.join()
+        error, self.thread = self.thread.error, None
+        if error is None:
+            return
+        self.file_backend.outdated = []
+        for values, before in zip((vars(self), runner.message_hub.runtime_info), self.before):
+            for key in _files(values):
+                del values[key]
+            values.update(before)
+        if not self._goes_on_after(error):
+            raise error
 
 
-def _keep_file_names(info):
-    """Reduce the paths of a checkpoint's ``runtime_info`` to valid file names and numbers.
-
-    The run will remove these files, and the checkpoint may come from another folder or from
-    an untrusted source.
-    """
-    for key, value in list(info.items()):
-        if key == 'last_ckpt' or key.startswith('best_ckpt'):
-            name = Path(str(value)).name
-            info[key] = name if name.startswith('best_') or key == 'last_ckpt' else None
-        elif key.startswith('best_score') and not isinstance(value, (int, float)):
-            del info[key]
-    ids = info.get('keep_ckpt_ids', [])
-    info['keep_ckpt_ids'] = [step for step in ids if type(step) is int] if (
-        isinstance(ids, list)) else []
+def _files(values):
+    return {key: copy(value) for key, value in values.items() if key.startswith(FILES)}
 
 
 def _validation_follows(runner):
