@@ -21,8 +21,8 @@ def parse_args(argv=None):
     parser.add_argument('--data', type=Path, default=Path('data/fashion_mnist'),
                         help='folder of the four files of Fashion-MNIST, which are downloaded if '
                              'missing (default: data/fashion_mnist)')
-    parser.add_argument('--jobs', type=int, help='processes at a time (default: one per core, or '
-                        'one per two cores with a GPU)')
+    parser.add_argument('--jobs', type=int, help='processes at a time (default: one per core, or 2 '
+                        'with a GPU)')
     args = parser.parse_args(argv)
     args.work_dir = args.work_dir or Path('work_dirs', 'study_quick' if args.quick else 'study')
     return args
@@ -40,6 +40,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -47,13 +48,14 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')   # one single-threaded process pe
 warnings.filterwarnings('ignore')
 
 import numpy as np
+import study_report
 import torch
+from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from rich.console import Console
 
 import nepa_mm  # noqa: F401
-import study_report
 from common import claim_work_dir, train, train_on_few_labels
 from nepa_mm.apis import load_config, user_errors
 from nepa_mm.checkpoints.loading import load_pretrained
@@ -63,7 +65,7 @@ from nepa_mm.utils.files import atomic_write
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'fashion_mnist'
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')     # Debian's package dataset-fashion-mnist
-HELD_OUT = 12           # one of 12 training images, the last ones, choose learning rates and blocks
+HELD_OUT = 3            # one of 3 images of the bank chooses learning rates and blocks
 TUNING_SEED = 1000
 
 
@@ -72,7 +74,8 @@ class Size:
     """How much to run.
 
     Args:
-        images (int): Training images of pretraining and k-NN.
+        images (int): Training images of pretraining.
+        bank (int): Training images for frozen features.
         test (int): Test images.
         epochs (int): Epochs of the main pretrainings; rows have a multiple of it.
         seeds (int): Runs of every row.
@@ -83,6 +86,7 @@ class Size:
     """
 
     images: int
+    bank: int
     test: int
     epochs: int
     seeds: int
@@ -92,9 +96,9 @@ class Size:
     rows: tuple | None = None
 
 
-FULL = Size(60000, 10000, 20, 3, {100: 200, 1000: 40, 10000: 10, 60000: 5}, (1e-3, 2e-3, 4e-3, 8e-3),
-            tuple((lr, decay) for lr in (1e-3, 2e-3, 4e-3) for decay in (0.75, 1.)))
-QUICK = Size(5000, 2000, 4, 2, {100: 40, 1000: 5}, rows=(
+FULL = Size(60000, 15000, 10000, 4, 3, {100: 60, 1000: 20, 10000: 3, 60000: 1},
+            (1.5e-3, 3e-3, 6e-3), tuple((lr, decay) for lr in (2e-3, 4e-3) for decay in (0.75, 1.)))
+QUICK = Size(5000, 3000, 2000, 4, 2, {100: 40, 1000: 5}, rows=(
     'NEPA', 'random start', 'MAE', 'MAE, random start', 'full', 'no shift', 'no stop-gradient'))
 
 
@@ -106,7 +110,7 @@ class Row:
         pretrain (str, optional): The config. Defaults to None: random start.
         options (dict): Changes to it; those of the network hold for fine-tuning, too.
         epochs (float): Length as a multiple of the study's. Defaults to 0.25.
-        finetune (str): The config. Defaults to 'finetune'.
+        finetune (str, optional): The config. Defaults to 'finetune'. None scores raw pixels.
         labels (str): 'all' numbers of labels, or 'one': 1,000. Defaults to 'one'.
         attention (tuple[str]): Attention of fine-tuning. Defaults to ('bidirectional',).
         trainable (bool): Whether to fine-tune with a trainable patch embedding, too.
@@ -116,7 +120,7 @@ class Row:
     pretrain: str | None = 'pretrain'
     options: dict = field(default_factory=dict)
     epochs: float = 0.25
-    finetune: str = 'finetune'
+    finetune: str | None = 'finetune'
     labels: str = 'one'
     attention: tuple = ('bidirectional',)
     trainable: bool = False
@@ -131,8 +135,9 @@ class Row:
 BACKBONE = 'model.backbone.'
 BOTH = dict(labels='all', attention=('bidirectional', 'causal'), probe=True)
 MAE = dict(finetune='finetune_mae', labels='all')
-PLAIN = {f'{BACKBONE}{name}': value for name, value in dict(
-    layer_scale_init_value=None, rope_theta=None, use_abs_pos_emb=True, qk_norm=None).items()}
+LS = {f'{BACKBONE}{name}': value for name, value in dict(
+    rope_theta=None, use_abs_pos_emb=True, qk_norm=None).items()}
+PLAIN = {**LS, f'{BACKBONE}layer_scale_init_value': None}
 MAE_COMPUTE = 1.5       # multiply-adds of NEPA's training on an image over MAE's; see the test
 
 
@@ -152,17 +157,19 @@ ROWS = {
     'no causal mask': Row(options={f'{BACKBONE}causal': False}),
     'no shift': Row(options={'model.head.shift': 0}),
     'no stop-gradient': Row(options={'model.head.stop_gradient': False}),
-    'no LayerScale': Row(options={f'{BACKBONE}layer_scale_init_value': None}),
-    'no RoPE': Row(options={f'{BACKBONE}rope_theta': None, f'{BACKBONE}use_abs_pos_emb': True}),
-    'no QK-norm': Row(options={f'{BACKBONE}qk_norm': None}),
     'plain': Row(options=PLAIN),
+    'LayerScale': Row(options=LS),
+    'LayerScale, RoPE': Row(options={f'{BACKBONE}qk_norm': None}),
+    'gated MLP': Row(options={f'{BACKBONE}gated_mlp': True, f'{BACKBONE}act_cfg': dict(
+        type='SiLU')}),
     'plain, 40 % masked': Row(options={**PLAIN, 'model.mask_ratio': 0.4}),
     'plain, 60 % masked': Row(options={**PLAIN, 'model.mask_ratio': 0.6}),
     'mse': Row(options={'model.head.loss': 'mse'}),
     'infonce': Row(options={'model.head.loss': 'infonce'}),
     'width 64': Row(options=width(64)),
-    'width 256': Row(options=width(256)),
-    'half the epochs': Row(epochs=0.5)}
+    'width 192': Row(options=width(192)),
+    'half the epochs': Row(epochs=0.5),
+    'raw pixels': Row(None, finetune=None)}
 
 
 def record(path, function, *args):
@@ -195,8 +202,8 @@ class Study:
         """Run all steps of a row that are missing, with the chosen learning rates."""
         row, folder = ROWS[name], self.folder(name, seed)
         checkpoint = self.pretrain(row, folder, seed, self.chosen(row.pretrain))
-        blocks = record(folder / 'blocks.json', self.blocks, row, checkpoint)
-        labels = self.size.labels if row.labels == 'all' else [1000]
+        blocks = record(folder / 'blocks.json', self.blocks, row, checkpoint, seed)
+        labels = self.size.labels if row.labels == 'all' else [1000] if row.finetune else []
         for count in labels:
             for attention in row.attention:
                 record(folder / f'finetune_{attention}_{count}.json', self.finetune, row, folder,
@@ -235,7 +242,8 @@ class Study:
         losses = np.asarray(scalars['train/loss'].data[0])
         result = dict(
             epochs=epochs, images=self.size.images, lr=runner.cfg.optim_wrapper.optimizer.lr,
-            device=study_report.device_name(), torch=torch.__version__,
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
+            torch=torch.__version__,
             loss=[float(part.mean()) for part in np.array_split(losses, min(100, len(losses)))])
         for hook in runner.hooks:
             if isinstance(hook, NEPAMonitorHook):
@@ -245,33 +253,18 @@ class Study:
                     for key, buffer in scalars.items() if key.endswith(study_report.MONITORS)}
         return result
 
-    def blocks(self, row, checkpoint, scores=('knn', 'linear')):
+    def blocks(self, row, checkpoint, seed, test=True):
         """Score the mean over the patches behind every block, without training the network.
 
         Returns:
             dict: ``held_out`` (linear probe with 1,000 labels on held-out training images); on the
-            test images ``linear_1000`` and so on, and ``knn`` with all training images. One
-            accuracy in percent for each block.
+            test images ``linear_1000`` and so on, and ``knn``. One accuracy in percent for each
+            block.
         """
-        cfg = load_config(CONFIGS / f'{row.pretrain or "pretrain"}.py', {
-            **{key: value for key, value in row.options.items() if key.startswith(BACKBONE)},
-            **({'model.backbone.compile_blocks': False} if row.finetune == 'finetune' else {})})
-        backbone = cfg.model.backbone
-        if backbone.type == 'MAEViT':
-            backbone.pop('mask_ratio')
-            backbone.type = 'VisionTransformer'
-        backbone.update(out_type='avg_featmap', out_indices=list(range(6)))
-        init_default_scope('mmpretrain')
-        torch.manual_seed(0)
-        model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, data_preprocessor=dict(
-            mean=[127.5], std=[127.5], to_rgb=False))).to(study_report.device())
-        model.init_weights()
-        if checkpoint:
-            load_pretrained(model.backbone, checkpoint, 'backbone.')
-        bank, labels = self.features(model, 'train', self.size.images)
-        test, targets = self.features(model, 'test', self.size.test)
+        model = self.network(row, checkpoint, seed) if row.finetune else None
+        bank, labels = self.features(model, 'train', self.size.bank)
         first = len(labels) - len(labels) // HELD_OUT
-        order = np.random.default_rng(0).permutation(first)
+        order = np.random.default_rng(seed).permutation(first)
         result = {}
 
         def score(name, function, chosen, queries, truth):
@@ -280,25 +273,49 @@ class Study:
                 .float().mean().item() for i, x in enumerate(bank)]
 
         score('held_out', linear_scores, order[:1000], [x[first:] for x in bank], labels[first:])
-        if scores:
+        if test:
+            queries, targets = self.features(model, 'test', self.size.test)
             for count in self.size.labels:
                 if count <= 10000:
-                    score(f'linear_{count}', linear_scores, order[:count], test, targets)
-            score('knn', knn_scores, order, test, targets)
+                    score(f'linear_{count}', linear_scores, order[:count], queries, targets)
+            score('knn', knn_scores, order, queries, targets)
         return result
 
-    def features(self, model, split, images):
+    def network(self, row, checkpoint, seed):
+        """A network that returns the mean over the patches behind every block."""
+        config = 'pretrain_mae' if row.finetune == 'finetune_mae' else 'pretrain'
+        cfg = load_config(CONFIGS / f'{config}.py', {
+            **{key: value for key, value in row.options.items() if key.startswith(BACKBONE)},
+            **({'model.backbone.compile_blocks': False} if config == 'pretrain' else {})})
+        backbone = cfg.model.backbone
+        if backbone.type == 'MAEViT':
+            backbone.pop('mask_ratio')
+            backbone.type = 'VisionTransformer'
+        backbone.update(out_type='avg_featmap', out_indices=list(range(6)))
+        init_default_scope('mmpretrain')
+        torch.manual_seed(seed)
+        model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, data_preprocessor=dict(
+            mean=[127.5], std=[127.5], to_rgb=False))).to(get_device())
+        model.init_weights()
+        if checkpoint:
+            load_pretrained(model.backbone, checkpoint, 'backbone.')
+        return model
+
+    def features(self, model, split, count):
         """Features (blocks, images, D) and labels of the first images of a split."""
         dataset = dict(type='FashionMNISTSubset', data_root=str(self.data), split=split,
-                       indices=images, pipeline=[dict(type='PackInputs')])
+                       indices=count, pipeline=[dict(type='PackInputs')])
         loader = Runner.build_dataloader(dict(
             batch_size=500, dataset=dataset, collate_fn=dict(type='default_collate'),
             sampler=dict(type='DefaultSampler', shuffle=False)))
         found, labels = [], []
-        with evaluating(model), torch.no_grad():
+        with evaluating(model) if model else nullcontext(), torch.no_grad():
             for batch in loader:
-                batch = model.data_preprocessor(batch)
-                found.append(torch.stack([x.float() for x in model.backbone(batch['inputs'])]))
+                if model is None:
+                    found.append(batch['inputs'].flatten(1).float()[None].to(get_device()))
+                else:
+                    images = model.data_preprocessor(batch)['inputs']
+                    found.append(torch.stack([x.float() for x in model.backbone(images)]))
                 labels += [sample.gt_label for sample in batch['data_samples']]
         return torch.cat(found, 1), torch.cat(labels).to(found[0].device)
 
@@ -310,13 +327,11 @@ class Study:
         training images.
         """
         options = {key: value for key, value in row.options.items() if key.startswith(BACKBONE)}
-        if labels > 10000:
-            options['train_dataloader.batch_size'] = 256
         if chosen:
             options |= {'train_dataloader.dataset.num_labels': None,
                         'train_dataloader.dataset.indices': labels,
                         'val_dataloader.dataset.split': 'train',
-                        'val_dataloader.dataset.indices': -(self.size.images // HELD_OUT)}
+                        'val_dataloader.dataset.indices': -(self.size.bank // HELD_OUT)}
         if row.finetune == 'finetune':
             options |= {f'{BACKBONE}causal': causal, f'{BACKBONE}compile_blocks': False}
             if trainable or not checkpoint:
@@ -353,7 +368,8 @@ class Study:
         row, folder = ROWS[name], self.work_dir / 'tuning' / f'{name}_{lr:g}'
         short = Row(**{**vars(row), 'epochs': 0.25})
         checkpoint = self.pretrain(short, folder, TUNING_SEED, lr)
-        return max(record(folder / 'blocks.json', self.blocks, row, checkpoint, ())['held_out'])
+        return max(record(folder / 'blocks.json', self.blocks, row, checkpoint,
+                          TUNING_SEED, False)['held_out'])
 
     def try_finetuning(self, name, chosen):
         """Score a learning rate and layer decay of fine-tuning likewise."""
@@ -410,7 +426,7 @@ def main(argv=None):
     claim_work_dir(args, 'study')
     prepare_data(args.data)
     study = Study(args.work_dir.resolve(), args.data.resolve(), size)
-    jobs = args.jobs or max(os.cpu_count() // (2 if torch.cuda.is_available() else 1), 1)
+    jobs = args.jobs or 2 if torch.cuda.is_available() else os.cpu_count()
     report = partial(console.print, soft_wrap=True, highlight=False)
     begin, rows = time.time(), size.rows or tuple(ROWS)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn')) as pool:

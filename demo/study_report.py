@@ -1,17 +1,365 @@
-"""Tables and pictures of study.py, from its records."""
-import torch
+"""Tables and pictures of study.py, from its records.
 
+    python demo/study_report.py [WORK_DIR] [--docs]
+
+Writes results.md, results.json and pictures to WORK_DIR (default: work_dirs/study). With --docs
+they also replace those of docs/results.md.
+"""
+from nepa_mm_cli import tool_parser
+
+
+def parse_args(argv=None):
+    parser = tool_parser(__doc__)
+    parser.add_argument('work_dir', nargs='?', default='work_dirs/study', metavar='WORK_DIR',
+                        help='folder of study.py (default: work_dirs/study)')
+    parser.add_argument('--docs', action='store_true', help='update docs/results.md, too')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()    # before the slow imports
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+REPO = Path(__file__).resolve().parents[1]
 MONITORS = ('next_cosine', 'copy_cosine', 'lift', 'embedding_std', 'embedding_rank',
             'output_rank')
+COLOURS = dict(zip(('NEPA', 'random start', 'MAE', 'MAE, equal compute', 'MAE, random start'),
+                   ('#1d4ed8', '#78716c', '#d97706', '#be123c', '#a8a29e')))
+MAIN = list(COLOURS)
+# claim of the paper, its table and difference in points, the row that should be better and where,
+# the other row
+CLAIMS = [
+    ('The causal mask helps', '1a', '+3.2', 'full', 'no causal mask'),
+    ('Without the shift it fails', '1a', 'fails', 'full', 'no shift'),
+    ('Without the stop-gradient it fails', '1a', 'fails', 'full', 'no stop-gradient'),
+    ('LayerScale alone hurts', '1b', '-0.8', 'LayerScale', 'plain'),
+    ('RoPE helps', '1b', '+2.8', 'LayerScale, RoPE', 'LayerScale'),
+    ('QK-norm helps', '1b', '+0.9', 'full', 'LayerScale, RoPE'),
+    ('A gated MLP helps', '1b', '+0.2', 'gated MLP', 'full'),
+    ('All but the gated MLP together help', '1b', '+2.9', 'full', 'plain'),
+    ('Masking 40 % of the input hurts', '1c', '+1.8', 'plain', 'plain, 40 % masked'),
+    ('Masking 60 % of the input hurts', '1c', '+2.5', 'plain', 'plain, 60 % masked'),
+    ('A frozen patch embedding helps in fine-tuning', '1d', '+4.3', 'NEPA',
+     ('NEPA', 'finetune_trainable_1000')),
+    ('Bidirectional fine-tuning helps', '1e', '+1.2', 'NEPA', ('NEPA', 'finetune_causal_1000'))]
+SCALING = [('full', 'a quarter of the epochs'), ('half the epochs', 'half the epochs'),
+           ('NEPA', 'all epochs'), ('width 64', 'width 64, a quarter of the epochs'),
+           ('width 192', 'width 192, a quarter of the epochs')]
 
 
-def device():
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+def collect(work_dir):
+    """Read all records.
+
+    Returns:
+        dict: ``rows``: name -> step -> list over the seeds that ran it; ``chosen``: learning rates.
+    """
+    rows, chosen = {}, Path(work_dir, 'chosen.json')
+    for path in sorted(Path(work_dir, 'runs').glob('*/*.json')):
+        name = path.parent.name.rpartition('_')[0].replace('-', ' ')
+        record = json.loads(path.read_text())
+        if 'top1' in record:
+            record = record['top1']
+        elif path.stem == 'pretrain':
+            record['monitors'] = {name: values[-1] for name, values in
+                                  record.get('monitors', {}).items()}
+        rows.setdefault(name, {}).setdefault(path.stem, []).append(record)
+    return dict(rows=rows, chosen=json.loads(chosen.read_text()) if chosen.exists() else {})
 
 
-def device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
+class Summary:
+    """What the tables and pictures show of the records.
+
+    Args:
+        records (dict): See :func:`collect`.
+    """
+
+    def __init__(self, records):
+        # folders have no commas and a hyphen for each blank
+        self.rows, self.chosen = records['rows'], records['chosen']
+
+    def steps(self, row):
+        return self.rows.get(row.replace(',', '').replace('-', ' '), {})
+
+    def tuned(self, row, labels=1000, attention='bidirectional'):
+        """Accuracies after fine-tuning, one per seed."""
+        return np.array(self.steps(row).get(f'finetune_{attention}_{labels}', []))
+
+    def blocks(self, row, score):
+        """Accuracies of frozen features (seeds, blocks)."""
+        found = self.steps(row).get('blocks', [])
+        return np.array([run[score] for run in found if score in run])
+
+    def best(self, row):
+        """The block chosen on held-out training images, by the mean over the seeds."""
+        return int(self.blocks(row, 'held_out').mean(0).argmax())
+
+    @property
+    def labels(self):
+        steps = {step for row in MAIN for step in self.steps(row)}
+        return sorted(int(step.rpartition('_')[2]) for step in steps
+                      if step.startswith('finetune_bidirectional'))
 
 
-def write(work_dir):
-    pass
+def cell(values, digits=1):
+    """Mean ± standard error, or a dash."""
+    if not len(values):
+        return '–'
+    text = f'{np.mean(values):.{digits}f}'
+    return text + (f' ± {error(values):.{digits}f}' if len(values) > 1 else '')
+
+
+def error(values):
+    return np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+
+
+def difference(better, other):
+    """Mean difference, its standard error, and what it says."""
+    gain, spread = np.mean(better) - np.mean(other), np.hypot(error(better), error(other))
+    return gain, spread
+
+
+def verdict(better, other, expected=1):
+    """Cells of a difference: points ± standard error, and whether its sign is as expected."""
+    if not len(better) or not len(other):
+        return '–', '–'
+    gain, spread = difference(better, other)
+    if np.isnan(spread):
+        return f'{gain:+.1f}', 'one seed'
+    answer = 'not resolved' if abs(gain) <= 2 * spread else 'yes' if gain * expected > 0 else 'no'
+    return f'{gain:+.1f} ± {spread:.1f}', answer
+
+
+def table(header, rows):
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def fine_tuning(summary):
+    labels = summary.labels
+    rows = [[row, attention, *(cell(summary.tuned(row, n, attention)) for n in labels)]
+            for row in MAIN for attention in ('bidirectional', 'causal')
+            if len(summary.tuned(row, labels[0], attention))]
+    for row, other in (('NEPA', 'random start'), ('NEPA', 'MAE'), ('NEPA', 'MAE, equal compute')):
+        found = [verdict(summary.tuned(row, n), summary.tuned(other, n)) for n in labels]
+        if any(points != '–' for points, _ in found):
+            rows.append([f'gain of {row} over {other}', 'bidirectional',
+                         *(f'{points}{" (not resolved)" * (answer == "not resolved")}'
+                           for points, answer in found)])
+    return table(['weights', 'attention', *(f'{n:,} labels' for n in labels)], rows)
+
+
+def frozen(summary):
+    scores = [name for name in ('linear_1000', 'linear_10000', 'knn')
+              if len(summary.blocks('NEPA', name))]
+    titles = dict(linear_1000='linear, 1,000 labels', linear_10000='linear, 10,000 labels',
+                  knn='k-NN, 10,000 labels')
+    rows = []
+    for row in (*MAIN, 'raw pixels'):
+        found = summary.blocks(row, 'held_out')
+        if not len(found):
+            continue
+        choices = {'–': 0} if row == 'raw pixels' else {
+            f'best, {summary.best(row)}': summary.best(row), 'last': found.shape[1] - 1}
+        for title, block in choices.items():
+            rows.append([row, title, *(cell(summary.blocks(row, name)[:, block])
+                                       for name in scores)])
+    return table(['weights', 'block', *(titles[name] for name in scores)], rows)
+
+
+def attentive(summary):
+    rows = []
+    for row in ('NEPA', 'random start'):
+        for step in sorted(step for step in summary.steps(row) if step.startswith('attentive')):
+            values = summary.steps(row)[step]
+            if len(values) > 1:
+                rows.append([row, step.rpartition('_')[2], cell(values)])
+    return table(['weights', 'block', 'attentive probe, 10,000 labels'], rows) if rows else ''
+
+
+def ablations(summary):
+    rows = []
+    for row in (
+            'full', 'no causal mask', 'no shift', 'no stop-gradient', 'plain', 'LayerScale',
+            'LayerScale, RoPE', 'gated MLP', 'plain, 40 % masked', 'plain, 60 % masked', 'mse',
+            'infonce', 'random start'):
+        runs = summary.steps(row).get('pretrain', [])
+        if not runs and row != 'random start' or not summary.steps(row):
+            continue
+        warned = {name for run in runs for name in run.get('warned', ())}
+        rows.append([
+            row, cell([run['loss'][-1] for run in runs], 3),
+            *(cell([run['monitors'][name] for run in runs], 2)
+              for name in ('lift', 'embedding_std')), ', '.join(sorted(warned)) or '–',
+            cell(summary.blocks(row, 'linear_1000')[:, summary.best(row)]),
+            cell(summary.tuned(row))])
+    return table(['row', 'loss', 'lift', 'spread', 'warning', 'linear, best block',
+                  'fine-tuned'], rows)
+
+
+def claims(summary):
+    rows = []
+    for text, where, published, better, other in CLAIMS:
+        values = summary.tuned(other) if isinstance(other, str) else np.array(
+            summary.steps(other[0]).get(other[1], []))
+        points, answer = verdict(summary.tuned(better), values, -1 if published[0] == '-' else 1)
+        rows.append([text, where, published, points, answer])
+    if len(summary.blocks('NEPA', 'linear_1000')):
+        found = summary.blocks('NEPA', 'linear_1000')
+        points, answer = verdict(found[:, summary.best('NEPA')], found[:, -1])
+        rows.append(['An inner block is better than the last one (linear, 1,000 labels)', '6', '–',
+                     points, answer])
+    return table(['claim', 'table', 'published', 'here', 'reproduced'], rows)
+
+
+def scaling(summary):
+    rows = [[title, cell([run['loss'][-1] for run in summary.steps(row)['pretrain']], 3),
+             cell(summary.blocks(row, 'linear_1000')[:, summary.best(row)]),
+             cell(summary.tuned(row))]
+            for row, title in SCALING if 'pretrain' in summary.steps(row)]
+    return table(['pretraining', 'loss', 'linear, best block', 'fine-tuned'], rows)
+
+
+def render(records):
+    """The Markdown of a study."""
+    summary = Summary(records)
+    runs = [run for row in summary.rows.values() for run in row.get('pretrain', [])]
+    devices = ', '.join(sorted({run['device'] for run in runs}))
+    versions = ', '.join(sorted({run['torch'] for run in runs}))
+    epochs = summary.steps('NEPA')['pretrain'][0]
+    chosen = '; '.join(f'{name}: {" and ".join(map(str, np.atleast_1d(value)))}'
+                       for name, value in summary.chosen.items())
+    parts = [
+        f'Pretraining reads {epochs["images"]:,} images {epochs["epochs"]} times. Measured on '
+        f'{devices} with torch {versions}. ± is the standard error over '
+        f'{len(summary.steps("NEPA")["pretrain"])} seeds.',
+        f'Learning rates were chosen on held-out training images ({chosen}).' * bool(chosen),
+        '### Fine-tuning', 'Top-1 in percent on the test images:', fine_tuning(summary),
+        '![Accuracy by number of labels](../resources/study_labels.png)',
+        '### Frozen features',
+        'Blocks count from 0; the best one was chosen on held-out training images.',
+        frozen(summary), attentive(summary),
+        '![Accuracy of each block](../resources/study_blocks.png)',
+        '### The ablations of the paper',
+        'Every row pretrains for a quarter of the epochs; accuracies have 1,000 labels:',
+        ablations(summary),
+        'Does the direction of the paper reproduce? A difference below two standard errors is not '
+        'resolved:', claims(summary), '### Scaling', scaling(summary),
+        '![Loss and accuracy against compute](../resources/study_curves.png)']
+    return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def plot_labels(summary, path):
+    """Plot accuracy after fine-tuning against the number of labels."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout='constrained')
+    for row, colour in COLOURS.items():
+        found = [(n, summary.tuned(row, n)) for n in summary.labels]
+        found = [(n, np.mean(v), error(v)) for n, v in found if len(v)]
+        if found:
+            labels, means, errors = zip(*found)
+            axes.errorbar(labels, means, [2 * e for e in errors], color=colour, marker='o',
+                          markersize=4, capsize=3, label=row)
+    axes.set(xscale='log', xlabel='labelled images', ylabel='top-1 on test images, %',
+             title='Fine-tuning on Fashion-MNIST (bars: two standard errors)')
+    axes.set_xticks(summary.labels, [f'{n:,}' for n in summary.labels])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_blocks(summary, path):
+    """Plot the accuracy of a linear probe on each block."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout='constrained')
+    for row, colour in COLOURS.items():
+        found = summary.blocks(row, 'linear_1000')
+        if len(found):
+            axes.errorbar(range(found.shape[1]), found.mean(0), [2 * error(v) for v in found.T],
+                          color=colour, marker='o', markersize=4, capsize=3, label=row)
+    pixels = summary.blocks('raw pixels', 'linear_1000')
+    if len(pixels):
+        axes.axhline(pixels.mean(), color='#0f172a', linestyle=':', label='raw pixels')
+    axes.set(xlabel='block', ylabel='top-1 on test images, %',
+             title='Linear probe with 1,000 labels (bars: two standard errors)')
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_curves(summary, path):
+    """Plot loss and accuracy against the length of pretraining."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout='constrained')
+    for row, colour in (('full', '#93c5fd'), ('half the epochs', '#3b82f6'), ('NEPA', '#1d4ed8'),
+                        ('width 64', '#fcd34d'), ('width 192', '#15803d')):
+        runs = summary.steps(row).get('pretrain', [])
+        if runs:
+            curves = np.array([run['loss'] for run in runs])
+            x = (np.arange(curves.shape[1]) + 0.5) / curves.shape[1] * runs[0]['epochs']
+            low, high = curves.min(0), curves.max(0)
+            left.plot(x, curves.mean(0), color=colour, label=dict(SCALING)[row])
+            left.fill_between(x, low, high, color=colour, alpha=0.3, linewidth=0)
+    left.set(xlabel='epochs', ylabel='loss', title='Loss (bands: all seeds)')
+    for rows, cost, colour in ((('full', 'half the epochs', 'NEPA'), 1, COLOURS['NEPA']),
+                               (('MAE', 'MAE, equal compute'), None, COLOURS['MAE'])):
+        points = [(summary.steps(row)['pretrain'][0]['epochs'], summary.tuned(row))
+                  for row in rows if len(summary.tuned(row))]
+        if points:
+            base = points[-1][0] if cost is None else 1
+            scale = summary.steps('NEPA')['pretrain'][0]['epochs'] / base if cost is None else 1
+            right.errorbar([epochs * scale for epochs, _ in points],
+                           [np.mean(values) for _, values in points],
+                           [2 * error(values) for _, values in points], color=colour, marker='o',
+                           capsize=3, label=rows[-1].partition(',')[0])
+    right.set(xlabel='compute, in epochs of NEPA', ylabel='top-1 on test images, %',
+              title='Fine-tuned, 1,000 labels (bars: two standard errors)')
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write(work_dir, docs=False):
+    """Write tables and pictures of a study; with ``docs``, those of docs/results.md, too."""
+    work_dir, records = Path(work_dir), collect(work_dir)
+    text, summary = render(records), Summary(records)
+    (work_dir / 'results.md').write_text(text)
+    (work_dir / 'results.json').write_text(json.dumps(records))
+    for plot in (plot_labels, plot_blocks, plot_curves):
+        picture = work_dir / f'study_{plot.__name__.removeprefix("plot_")}.png'
+        plot(summary, picture)
+        if docs:
+            shutil.copy(picture, REPO / 'resources')
+    if docs:
+        shutil.copy(work_dir / 'results.json', REPO / 'resources' / 'study.json')
+        page = REPO / 'docs' / 'results.md'
+        page.write_text(insert(page.read_text(), text))
+
+
+def insert(page, text):
+    """Put the Markdown of a study between the marks of a page."""
+    return re.sub('(?<=<!-- study -->\n).*(?=<!-- end of study -->)', lambda _: f'\n{text}\n', page,
+                  flags=re.DOTALL)
+
+
+def main(argv=None):
+    """Run the tool with ``argv`` (default: the command line)."""
+    args = parse_args(argv)
+    write(args.work_dir, args.docs)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

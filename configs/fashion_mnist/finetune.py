@@ -23,7 +23,7 @@ embed_dims = 128
 num_layers = 6
 epochs = 40
 batch_size = 100
-lr = 2e-3               # of the last block
+lr = 4e-3               # of the last block
 layer_decay_rate = 0.75
 
 model = dict(
@@ -32,6 +32,7 @@ model = dict(
         type='NEPAViT',
         arch=dict(embed_dims=embed_dims, num_layers=num_layers, num_heads=embed_dims // 32,
                   feedforward_channels=4 * embed_dims),
+        img_size=28,            # of learned positions, which ablations have
         patch_size=4,
         in_channels=1,
         causal=causal,

@@ -11,7 +11,7 @@ _base_ = ['./pretrain.py']
 
 embed_dims = 128        # the encoder: width and number of blocks
 num_layers = 6
-lr = 2e-3               # at batch 256
+lr = 1.5e-3
 
 model = dict(
     _delete_=True,
