@@ -28,8 +28,6 @@ from pathlib import Path
 import numpy as np
 
 REPO = Path(__file__).resolve().parents[1]
-MONITORS = ('next_cosine', 'copy_cosine', 'lift', 'embedding_std', 'embedding_rank',
-            'output_rank')
 COLOURS = dict(zip(('NEPA', 'random start', 'MAE', 'MAE, equal compute', 'MAE, random start'),
                    ('#1d4ed8', '#78716c', '#d97706', '#be123c', '#a8a29e')))
 MAIN = list(COLOURS)
@@ -178,8 +176,7 @@ def attentive(summary):
     for row in ('NEPA', 'random start'):
         for step in sorted(step for step in summary.steps(row) if step.startswith('attentive')):
             values = summary.steps(row)[step]
-            if len(values) > 1:
-                rows.append([row, step.rpartition('_')[2], cell(values)])
+            rows.append([row, step.removeprefix('attentive_'), cell(values)])
     return table(['weights', 'block', 'attentive probe, 10,000 labels'], rows) if rows else ''
 
 

@@ -1,0 +1,292 @@
+"""The steps of study.py: pretraining, frozen features, fine-tuning, probes."""
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.device import get_device
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+
+from common import train, train_on_few_labels
+from nepa_mm.apis import load_config
+from nepa_mm.checkpoints.loading import load_pretrained
+from nepa_mm.engine.hooks import NEPAMonitorHook
+from nepa_mm.evaluation.frozen_features import evaluating, knn_scores, linear_scores
+from nepa_mm.utils.files import atomic_write
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'fashion_mnist'
+MONITORS = ('next_cosine', 'copy_cosine', 'lift', 'embedding_std', 'embedding_rank',
+            'output_rank')
+BACKBONE = 'model.backbone.'
+HELD_OUT = 3            # one of 3 images of the bank chooses learning rates and blocks
+TUNING_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much to run.
+
+    Args:
+        images (int): Training images of pretraining.
+        bank (int): Training images for frozen features.
+        test (int): Test images.
+        epochs (int): Epochs of the main pretrainings; rows have a multiple of it.
+        seeds (int): Runs of every row.
+        labels (dict[int, int]): Epochs of fine-tuning by number of labels.
+        lrs (tuple[float]): Learning rates of pretraining to choose from.
+        finetune_lrs (tuple[tuple]): Learning rates and layer decays of fine-tuning likewise.
+        rows (tuple[str], optional): Rows to run. Defaults to None: all.
+    """
+
+    images: int
+    bank: int
+    test: int
+    epochs: int
+    seeds: int
+    labels: dict
+    lrs: tuple = ()
+    finetune_lrs: tuple = ()
+    rows: tuple | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to obtain weights, and how they are evaluated.
+
+    Args:
+        pretrain (str, optional): The config. Defaults to None: random start.
+        options (dict): Changes to it; those of the network hold for fine-tuning, too.
+        epochs (float): Length as a multiple of the study's. Defaults to 0.25.
+        finetune (str, optional): The config. Defaults to 'finetune'. None scores raw pixels.
+        labels (str): 'all' numbers of labels, or 'one': 1,000. Defaults to 'one'.
+        attention (tuple[str]): Attention of fine-tuning. Defaults to ('bidirectional',).
+        trainable (bool): Whether to fine-tune with a trainable patch embedding, too.
+        probe (bool): Whether to train attentive probes. Defaults to False.
+    """
+
+    pretrain: str | None = 'pretrain'
+    options: dict = field(default_factory=dict)
+    epochs: float = 0.25
+    finetune: str | None = 'finetune'
+    labels: str = 'one'
+    attention: tuple = ('bidirectional',)
+    trainable: bool = False
+    probe: bool = False
+
+    @property
+    def recipe(self):
+        """Rows with the same recipe share their learning rates."""
+        return f'{self.finetune}, {self.pretrain and "pretrained" or "random"}'
+
+
+def record(path, function, *args):
+    """Return the record of a step, from its file or by running the step."""
+    if path.exists():
+        return json.loads(path.read_text())
+    begin = time.time()
+    result = function(*args)
+    result['seconds'] = round(time.time() - begin, 1)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(result))
+    return result
+
+
+@dataclass(frozen=True)
+class Study:
+    """The steps of one study.
+
+    Args:
+        work_dir (Path): Where records, logs and checkpoints go.
+        data (Path): Folder of the images.
+        size (Size): How much to run.
+    """
+
+    work_dir: Path
+    data: Path
+    size: Size
+
+    def run(self, name, row, seed):
+        """Run all steps of a row that are missing, with the chosen learning rates."""
+        torch.set_num_threads(1)
+        folder = self.work_dir / 'runs' / f'{name.replace(",", "").replace(" ", "-")}_{seed}'
+        checkpoint = self.pretrain(row, folder, seed, self.chosen(row.pretrain))
+        blocks = record(folder / 'blocks.json', self.blocks, row, checkpoint, seed)
+        labels = self.size.labels if row.labels == 'all' else [1000] if row.finetune else []
+        for count in labels:
+            for attention in row.attention:
+                record(folder / f'finetune_{attention}_{count}.json', self.finetune, row, folder,
+                       seed, checkpoint, count, attention == 'causal')
+        if row.trainable:
+            record(folder / 'finetune_trainable_1000.json', self.finetune, row, folder, seed,
+                   checkpoint, 1000, False, True)
+        if row.probe:
+            held_out = blocks['held_out']
+            for which, block in (('best', int(np.argmax(held_out))), ('last', len(held_out) - 1)):
+                record(folder / f'attentive_{which}.json', self.probe, folder, seed, checkpoint,
+                       block)
+
+    def epochs(self, row):
+        return max(round(row.epochs * self.size.epochs), 1)
+
+    def pretrain(self, row, folder, seed, lr):
+        """Pretrain unless it is done; return the checkpoint, or None for a random start."""
+        if row.pretrain is None:
+            return None
+        epochs = self.epochs(row)
+        record(folder / 'pretrain.json', self._pretrain, row, folder, seed, epochs, lr)
+        return folder / 'pretrain' / f'epoch_{epochs}.pth'
+
+    def _pretrain(self, row, folder, seed, epochs, lr):
+        runner = train(CONFIGS / f'{row.pretrain}.py', folder / 'pretrain', {
+            'train_cfg.max_epochs': epochs, 'param_scheduler.end': epochs,
+            'default_hooks.checkpoint.interval': max(epochs // 5, 1), 'randomness.seed': seed,
+            'train_dataloader.dataset.data_root': str(self.data),
+            'train_dataloader.dataset.indices': self.size.images,
+            **({'model.backbone.compile_blocks': False} if row.pretrain == 'pretrain' else {}),
+            **({'optim_wrapper.optimizer.lr': lr} if lr else {}), **row.options}, resume=True)
+        scalars = runner.message_hub.log_scalars
+        losses = np.asarray(scalars['train/loss'].data[0])
+        result = dict(
+            epochs=epochs, images=self.size.images, lr=runner.cfg.optim_wrapper.optimizer.lr,
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
+            torch=torch.__version__,
+            loss=[float(part.mean()) for part in np.array_split(losses, min(100, len(losses)))])
+        for hook in runner.hooks:
+            if isinstance(hook, NEPAMonitorHook):
+                result['warned'] = sorted(hook.warned)
+                result['monitors'] = {
+                    key.removeprefix('train/'): [float(value) for value in buffer.data[0]]
+                    for key, buffer in scalars.items() if key.endswith(MONITORS)}
+        return result
+
+    def blocks(self, row, checkpoint, seed, test=True):
+        """Score the mean over the patches behind every block, without training the network.
+
+        Returns:
+            dict: ``held_out`` (linear probe with 1,000 labels on held-out training images); on the
+            test images ``linear_1000`` and so on, and ``knn``. One accuracy in percent for each
+            block.
+        """
+        model = self.network(row, checkpoint, seed) if row.finetune else None
+        bank, labels = self.features(model, 'train', self.size.bank)
+        first = len(labels) - len(labels) // HELD_OUT
+        order = np.random.default_rng(seed).permutation(first)
+        result = {}
+
+        def score(name, function, chosen, queries, truth):
+            result[name] = [
+                100 * (function(x[chosen], labels[chosen], queries[i], 10).argmax(1) == truth)
+                .float().mean().item() for i, x in enumerate(bank)]
+
+        score('held_out', linear_scores, order[:1000], [x[first:] for x in bank], labels[first:])
+        if test:
+            queries, targets = self.features(model, 'test', self.size.test)
+            for count in self.size.labels:
+                if count <= 10000:
+                    score(f'linear_{count}', linear_scores, order[:count], queries, targets)
+            score('knn', knn_scores, order, queries, targets)
+        return result
+
+    def network(self, row, checkpoint, seed):
+        """A network that returns the mean over the patches behind every block."""
+        config = 'pretrain_mae' if row.finetune == 'finetune_mae' else 'pretrain'
+        cfg = load_config(CONFIGS / f'{config}.py', {
+            **{key: value for key, value in row.options.items() if key.startswith(BACKBONE)},
+            **({'model.backbone.compile_blocks': False} if config == 'pretrain' else {})})
+        backbone = cfg.model.backbone
+        if backbone.type == 'MAEViT':
+            backbone.pop('mask_ratio')
+            backbone.type = 'VisionTransformer'
+        backbone.update(out_type='avg_featmap', out_indices=list(range(6)))
+        init_default_scope('mmpretrain')
+        torch.manual_seed(seed)
+        model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, data_preprocessor=dict(
+            mean=[127.5], std=[127.5], to_rgb=False))).to(get_device())
+        model.init_weights()
+        if checkpoint:
+            load_pretrained(model.backbone, checkpoint, 'backbone.')
+        return model
+
+    def features(self, model, split, count):
+        """Features (blocks, images, D) and labels of the first images of a split."""
+        dataset = dict(type='FashionMNISTSubset', data_root=str(self.data), split=split,
+                       indices=count, pipeline=[dict(type='PackInputs')])
+        loader = Runner.build_dataloader(dict(
+            batch_size=500, dataset=dataset, collate_fn=dict(type='default_collate'),
+            sampler=dict(type='DefaultSampler', shuffle=False)))
+        found, labels = [], []
+        with evaluating(model) if model else nullcontext(), torch.no_grad():
+            for batch in loader:
+                if model is None:
+                    found.append(batch['inputs'].flatten(1).float()[None].to(get_device()))
+                else:
+                    images = model.data_preprocessor(batch)['inputs']
+                    found.append(torch.stack([x.float() for x in model.backbone(images)]))
+                labels += [sample.gt_label for sample in batch['data_samples']]
+        return torch.cat(found, 1), torch.cat(labels).to(found[0].device)
+
+    def finetune(self, row, folder, seed, checkpoint, labels, causal=False, trainable=False,
+                 chosen=None):
+        """Fine-tune; return top-1 on the test images in percent.
+
+        With ``chosen``, a pair of learning rate and layer decay, the result is that on held-out
+        training images.
+        """
+        options = {key: value for key, value in row.options.items() if key.startswith(BACKBONE)}
+        if chosen:
+            options |= {'train_dataloader.dataset.num_labels': None,
+                        'train_dataloader.dataset.indices': labels,
+                        'val_dataloader.dataset.split': 'train',
+                        'val_dataloader.dataset.indices': -(self.size.bank // HELD_OUT)}
+        if row.finetune == 'finetune':
+            options |= {f'{BACKBONE}causal': causal, f'{BACKBONE}compile_blocks': False}
+            if trainable or not checkpoint:
+                options[f'{BACKBONE}frozen_stages'] = -1
+        if f'{BACKBONE}arch.embed_dims' in options:
+            options['model.head.in_channels'] = options[f'{BACKBONE}arch.embed_dims']
+        lr, decay = chosen or self.chosen(row.recipe) or (None, None)
+        if lr:
+            options |= {'optim_wrapper.optimizer.lr': lr, 'optim_wrapper.paramwise_cfg': dict(
+                layer_decay_rate=decay, head_lr=lr)}
+        name = f'finetune_{labels}{"_causal" * causal}{"_trainable" * trainable}'
+        return self.classify(row.finetune, folder / name, labels, seed, checkpoint, options)
+
+    def probe(self, folder, seed, checkpoint, block):
+        """Train an attentive probe on a frozen network."""
+        labels = max(count for count in self.size.labels if count <= 10000)
+        return self.classify('attentive', folder / f'attentive_{block}', labels, seed, checkpoint, {
+            f'{BACKBONE}out_indices': block, f'{BACKBONE}compile_blocks': False})
+
+    def classify(self, config, folder, labels, seed, checkpoint, options):
+        return dict(top1=train_on_few_labels(
+            CONFIGS / f'{config}.py', folder, labels, self.size.labels[labels], seed, checkpoint, {
+                'train_dataloader.dataset.data_root': str(self.data),
+                'val_dataloader.dataset.data_root': str(self.data),
+                'val_dataloader.dataset.indices': self.size.test, **options}))
+
+    def chosen(self, recipe):
+        """The chosen learning rate of a recipe, or None: that of the config."""
+        path = self.work_dir / 'chosen.json'
+        return json.loads(path.read_text()).get(recipe) if path.exists() else None
+
+    def try_lr(self, name, row, lr):
+        """Score a learning rate of pretraining on held-out training images."""
+        torch.set_num_threads(1)
+        folder = self.work_dir / 'tuning' / f'{name}_{lr:g}'
+        checkpoint = self.pretrain(replace(row, epochs=0.25), folder, TUNING_SEED, lr)
+        return max(record(folder / 'blocks.json', self.blocks, row, checkpoint, TUNING_SEED,
+                          False)['held_out'])
+
+    def try_finetuning(self, name, row, chosen):
+        """Score a learning rate and layer decay of fine-tuning likewise."""
+        torch.set_num_threads(1)
+        lr, decay = chosen
+        folder = self.work_dir / 'tuning' / f'finetune_{name}_{lr:g}_{decay:g}'
+        best = self.work_dir / 'tuning' / f'{name}_{self.chosen(row.pretrain) or 0:g}'
+        checkpoint = self.pretrain(replace(row, epochs=0.25), best, TUNING_SEED, None)
+        return record(folder / 'finetune.json', self.finetune, row, folder, TUNING_SEED,
+                      checkpoint, 1000, False, False, chosen)['top1']
