@@ -1,4 +1,6 @@
 # make demo         pretrain on handwritten digits and measure the benefit (CPU, minutes)
+# make study        pretrain NEPA and MAE on Fashion-MNIST and repeat the paper's ablations (CPU, hours;
+#                   continues where it stopped); QUICK=1 takes minutes
 # make ablations    run the paper's core ablations on the digits (CPU, minutes)
 # make test         run the tests
 # make faults       kill runs, damage files, and check that nothing is lost (CPU, minutes)
@@ -21,9 +23,12 @@ CLASSIC = parity nepa optim ema checkpoint reliability guard classification segm
 PY = $(VENV)/bin/python
 INSTALLED = $(VENV)/.nepa_mm
 
-.PHONY: demo ablations test test-classic test-oldest test-pythons faults lint
+.PHONY: demo study ablations test test-classic test-oldest test-pythons faults lint
 demo: $(INSTALLED)
 	$(PY) demo/digits.py
+
+study: $(INSTALLED)
+	$(PY) demo/study.py $(if $(QUICK),--quick)
 
 ablations: $(INSTALLED)
 	$(PY) demo/ablations.py

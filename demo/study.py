@@ -50,12 +50,14 @@ from rich.console import Console
 import nepa_mm  # noqa: F401
 import study_report
 from common import claim_work_dir
+from nepa_mm.apis import user_errors
 from nepa_mm.utils.files import atomic_write
 from study_steps import BACKBONE, Row, Size, Study
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')     # Debian's package dataset-fashion-mnist
 FULL = Size(60000, 15000, 10000, 4, 3, {100: 60, 1000: 20, 10000: 3, 60000: 1},
-            (1.5e-3, 3e-3, 6e-3), tuple((lr, decay) for lr in (2e-3, 4e-3) for decay in (0.75, 1.)))
+            lrs=(1.5e-3, 3e-3, 6e-3),
+            finetune_lrs=tuple((lr, decay) for lr in (2e-3, 4e-3) for decay in (0.75, 1.)))
 QUICK = Size(5000, 3000, 2000, 4, 2, {100: 40, 1000: 5}, rows=(
     'NEPA', 'random start', 'MAE', 'MAE, random start', 'full', 'no shift', 'no stop-gradient'))
 
@@ -138,6 +140,8 @@ def main(argv=None):
     claim_work_dir(args, 'study')
     prepare_data(args.data)
     study = Study(args.work_dir.resolve(), args.data.resolve(), size)
+    with user_errors():
+        study.require_same_size()
     jobs = args.jobs or 2 if torch.cuda.is_available() else os.cpu_count()
     begin, rows = time.time(), size.rows or tuple(ROWS)
 

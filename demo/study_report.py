@@ -45,8 +45,8 @@ CLAIMS = [
     ('Masking 40 % of the input hurts', '1c', '+1.8', 'plain', 'plain, 40 % masked'),
     ('Masking 60 % of the input hurts', '1c', '+2.5', 'plain', 'plain, 60 % masked'),
     ('A frozen patch embedding helps in fine-tuning', '1d', '+4.3', 'NEPA',
-     ('NEPA', 'finetune_trainable_1000')),
-    ('Bidirectional fine-tuning helps', '1e', '+1.2', 'NEPA', ('NEPA', 'finetune_causal_1000'))]
+     ('NEPA', 'trainable')),
+    ('Bidirectional fine-tuning helps', '1e', '+1.2', 'NEPA', ('NEPA', 'causal'))]
 SCALING = [('full', 'a quarter of the epochs'), ('half the epochs', 'half the epochs'),
            ('NEPA', 'all epochs'), ('width 64', 'width 64, a quarter of the epochs'),
            ('width 192', 'width 192, a quarter of the epochs')]
@@ -56,9 +56,11 @@ def collect(work_dir):
     """Read all records.
 
     Returns:
-        dict: ``rows``: name -> step -> list over the seeds that ran it; ``chosen``: learning rates.
+        dict: ``rows``: name -> step -> list over the seeds that ran it; ``chosen``: learning rates;
+        ``size``: how much was run.
     """
     rows, chosen = {}, Path(work_dir, 'chosen.json')
+    size = json.loads(Path(work_dir, 'size.json').read_text())
     for path in sorted(Path(work_dir, 'runs').glob('*/*.json')):
         name = path.parent.name.rpartition('_')[0].replace('-', ' ')
         record = json.loads(path.read_text())
@@ -68,7 +70,8 @@ def collect(work_dir):
             record['monitors'] = {name: values[-1] for name, values in
                                   record.get('monitors', {}).items()}
         rows.setdefault(name, {}).setdefault(path.stem, []).append(record)
-    return dict(rows=rows, chosen=json.loads(chosen.read_text()) if chosen.exists() else {})
+    return dict(size=size, rows=rows,
+                chosen=json.loads(chosen.read_text()) if chosen.exists() else {})
 
 
 class Summary:
@@ -81,13 +84,18 @@ class Summary:
     def __init__(self, records):
         # folders have no commas and a hyphen for each blank
         self.rows, self.chosen = records['rows'], records['chosen']
+        self.few = records['size']['few']
+        self.labels = sorted(map(int, records['size']['labels']))
+        self.linear = [f'linear_{n}' for n in self.labels if n < records['size']['bank']]
+        self.probe = f'linear_{self.few}'
+        self.most = max(n for n in self.labels if n < records['size']['bank'])
 
     def steps(self, row):
         return self.rows.get(row.replace(',', '').replace('-', ' '), {})
 
-    def tuned(self, row, labels=1000, attention='bidirectional'):
-        """Accuracies after fine-tuning, one per seed."""
-        return np.array(self.steps(row).get(f'finetune_{attention}_{labels}', []))
+    def tuned(self, row, labels=None, kind='bidirectional'):
+        """Accuracies after fine-tuning, one per seed; with few labels by default."""
+        return np.array(self.steps(row).get(f'finetune_{kind}_{labels or self.few}', []))
 
     def blocks(self, row, score):
         """Accuracies of frozen features (seeds, blocks)."""
@@ -97,12 +105,6 @@ class Summary:
     def best(self, row):
         """The block chosen on held-out training images, by the mean over the seeds."""
         return int(self.blocks(row, 'held_out').mean(0).argmax())
-
-    @property
-    def labels(self):
-        steps = {step for row in MAIN for step in self.steps(row)}
-        return sorted(int(step.rpartition('_')[2]) for step in steps
-                      if step.startswith('finetune_bidirectional'))
 
 
 def cell(values, digits=1):
@@ -143,7 +145,7 @@ def fine_tuning(summary):
     labels = summary.labels
     rows = [[row, attention, *(cell(summary.tuned(row, n, attention)) for n in labels)]
             for row in MAIN for attention in ('bidirectional', 'causal')
-            if len(summary.tuned(row, labels[0], attention))]
+            if any(len(summary.tuned(row, n, attention)) for n in labels)]
     for row, other in (('NEPA', 'random start'), ('NEPA', 'MAE'), ('NEPA', 'MAE, equal compute')):
         found = [verdict(summary.tuned(row, n), summary.tuned(other, n)) for n in labels]
         if any(points != '–' for points, _ in found):
@@ -154,10 +156,9 @@ def fine_tuning(summary):
 
 
 def frozen(summary):
-    scores = [name for name in ('linear_1000', 'linear_10000', 'knn')
-              if len(summary.blocks('NEPA', name))]
-    titles = dict(linear_1000='linear, 1,000 labels', linear_10000='linear, 10,000 labels',
-                  knn='k-NN, 10,000 labels')
+    scores = [*summary.linear, 'knn']
+    titles = ['k-NN' if name == 'knn' else f'linear, {int(name.removeprefix("linear_")):,} labels'
+              for name in scores]
     rows = []
     for row in (*MAIN, 'raw pixels'):
         found = summary.blocks(row, 'held_out')
@@ -168,7 +169,7 @@ def frozen(summary):
         for title, block in choices.items():
             rows.append([row, title, *(cell(summary.blocks(row, name)[:, block])
                                        for name in scores)])
-    return table(['weights', 'block', *(titles[name] for name in scores)], rows)
+    return table(['weights', 'block', *titles], rows)
 
 
 def attentive(summary):
@@ -177,7 +178,8 @@ def attentive(summary):
         for step in sorted(step for step in summary.steps(row) if step.startswith('attentive')):
             values = summary.steps(row)[step]
             rows.append([row, step.removeprefix('attentive_'), cell(values)])
-    return table(['weights', 'block', 'attentive probe, 10,000 labels'], rows) if rows else ''
+    title = f'attentive probe, {summary.most:,} labels'
+    return table(['weights', 'block', title], rows) if rows else ''
 
 
 def ablations(summary):
@@ -194,7 +196,7 @@ def ablations(summary):
             row, cell([run['loss'][-1] for run in runs], 3),
             *(cell([run['monitors'][name] for run in runs], 2)
               for name in ('lift', 'embedding_std')), ', '.join(sorted(warned)) or '–',
-            cell(summary.blocks(row, 'linear_1000')[:, summary.best(row)]),
+            cell(summary.blocks(row, summary.probe)[:, summary.best(row)]),
             cell(summary.tuned(row))])
     return table(['row', 'loss', 'lift', 'spread', 'warning', 'linear, best block',
                   'fine-tuned'], rows)
@@ -203,21 +205,21 @@ def ablations(summary):
 def claims(summary):
     rows = []
     for text, where, published, better, other in CLAIMS:
-        values = summary.tuned(other) if isinstance(other, str) else np.array(
-            summary.steps(other[0]).get(other[1], []))
+        values = summary.tuned(other) if isinstance(other, str) else summary.tuned(
+            other[0], kind=other[1])
         points, answer = verdict(summary.tuned(better), values, -1 if published[0] == '-' else 1)
         rows.append([text, where, published, points, answer])
-    if len(summary.blocks('NEPA', 'linear_1000')):
-        found = summary.blocks('NEPA', 'linear_1000')
+    if len(summary.blocks('NEPA', summary.probe)):
+        found = summary.blocks('NEPA', summary.probe)
         points, answer = verdict(found[:, summary.best('NEPA')], found[:, -1])
-        rows.append(['An inner block is better than the last one (linear, 1,000 labels)', '6', '–',
-                     points, answer])
+        rows.append([f'An inner block beats the last one (linear probe, {summary.few:,} labels)',
+                     '6', '–', points, answer])
     return table(['claim', 'table', 'published', 'here', 'reproduced'], rows)
 
 
 def scaling(summary):
     rows = [[title, cell([run['loss'][-1] for run in summary.steps(row)['pretrain']], 3),
-             cell(summary.blocks(row, 'linear_1000')[:, summary.best(row)]),
+             cell(summary.blocks(row, summary.probe)[:, summary.best(row)]),
              cell(summary.tuned(row))]
             for row, title in SCALING if 'pretrain' in summary.steps(row)]
     return table(['pretraining', 'loss', 'linear, best block', 'fine-tuned'], rows)
@@ -244,7 +246,8 @@ def render(records):
         frozen(summary), attentive(summary),
         '![Accuracy of each block](../resources/study_blocks.png)',
         '### The ablations of the paper',
-        'Every row pretrains for a quarter of the epochs; accuracies have 1,000 labels:',
+        'Every row pretrains for a quarter of the epochs; accuracies have '
+        f'{summary.few:,} labels:',
         ablations(summary),
         'Does the direction of the paper reproduce? A difference below two standard errors is not '
         'resolved:', claims(summary), '### Scaling', scaling(summary),
@@ -279,15 +282,15 @@ def plot_blocks(summary, path):
 
     figure, axes = plt.subplots(figsize=(7, 4.6), layout='constrained')
     for row, colour in COLOURS.items():
-        found = summary.blocks(row, 'linear_1000')
+        found = summary.blocks(row, summary.probe)
         if len(found):
             axes.errorbar(range(found.shape[1]), found.mean(0), [2 * error(v) for v in found.T],
                           color=colour, marker='o', markersize=4, capsize=3, label=row)
-    pixels = summary.blocks('raw pixels', 'linear_1000')
+    pixels = summary.blocks('raw pixels', summary.probe)
     if len(pixels):
         axes.axhline(pixels.mean(), color='#0f172a', linestyle=':', label='raw pixels')
     axes.set(xlabel='block', ylabel='top-1 on test images, %',
-             title='Linear probe with 1,000 labels (bars: two standard errors)')
+             title=f'Linear probe with {summary.few:,} labels (bars: two standard errors)')
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
@@ -321,7 +324,7 @@ def plot_curves(summary, path):
                            [2 * error(values) for _, values in points], color=colour, marker='o',
                            capsize=3, label=rows[-1].partition(',')[0])
     right.set(xlabel='compute, in epochs of NEPA', ylabel='top-1 on test images, %',
-              title='Fine-tuned, 1,000 labels (bars: two standard errors)')
+              title=f'Fine-tuned, {summary.few:,} labels (bars: two standard errors)')
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

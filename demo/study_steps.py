@@ -2,7 +2,7 @@
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ class Size:
         epochs (int): Epochs of the main pretrainings; rows have a multiple of it.
         seeds (int): Runs of every row.
         labels (dict[int, int]): Epochs of fine-tuning by number of labels.
+        few (int): Number of labels of ablations, tuning and the choice of blocks.
         lrs (tuple[float]): Learning rates of pretraining to choose from.
         finetune_lrs (tuple[tuple]): Learning rates and layer decays of fine-tuning likewise.
         rows (tuple[str], optional): Rows to run. Defaults to None: all.
@@ -48,6 +49,7 @@ class Size:
     epochs: int
     seeds: int
     labels: dict
+    few: int = 1000
     lrs: tuple = ()
     finetune_lrs: tuple = ()
     rows: tuple | None = None
@@ -62,7 +64,7 @@ class Row:
         options (dict): Changes to it; those of the network hold for fine-tuning, too.
         epochs (float): Length as a multiple of the study's. Defaults to 0.25.
         finetune (str, optional): The config. Defaults to 'finetune'. None scores raw pixels.
-        labels (str): 'all' numbers of labels, or 'one': 1,000. Defaults to 'one'.
+        labels (str): 'all' numbers of labels, or 'few'. Defaults to 'few'.
         attention (tuple[str]): Attention of fine-tuning. Defaults to ('bidirectional',).
         trainable (bool): Whether to fine-tune with a trainable patch embedding, too.
         probe (bool): Whether to train attentive probes. Defaults to False.
@@ -72,7 +74,7 @@ class Row:
     options: dict = field(default_factory=dict)
     epochs: float = 0.25
     finetune: str | None = 'finetune'
-    labels: str = 'one'
+    labels: str = 'few'
     attention: tuple = ('bidirectional',)
     trainable: bool = False
     probe: bool = False
@@ -109,20 +111,33 @@ class Study:
     data: Path
     size: Size
 
+    def require_same_size(self):
+        """Record the size; raise ValueError if the folder holds a study of another size."""
+        path, size = self.work_dir / 'size.json', json.loads(json.dumps(asdict(self.size)))
+        old = json.loads(path.read_text()) if path.exists() else size
+        if old != size:
+            changed = ', '.join(f'{key}={old.get(key)}' for key in size
+                                if size[key] != old.get(key))
+            raise ValueError(f'{self.work_dir} holds a study with {changed}; choose another '
+                             '--work-dir or remove the folder.')
+        with atomic_write(path, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(size))
+
     def run(self, name, row, seed):
         """Run all steps of a row that are missing, with the chosen learning rates."""
         torch.set_num_threads(1)
         folder = self.work_dir / 'runs' / f'{name.replace(",", "").replace(" ", "-")}_{seed}'
         checkpoint = self.pretrain(row, folder, seed, self.chosen(row.pretrain))
         blocks = record(folder / 'blocks.json', self.blocks, row, checkpoint, seed)
-        labels = self.size.labels if row.labels == 'all' else [1000] if row.finetune else []
+        few = self.size.few
+        labels = self.size.labels if row.labels == 'all' else [few] if row.finetune else []
         for count in labels:
             for attention in row.attention:
                 record(folder / f'finetune_{attention}_{count}.json', self.finetune, row, folder,
                        seed, checkpoint, count, attention == 'causal')
         if row.trainable:
-            record(folder / 'finetune_trainable_1000.json', self.finetune, row, folder, seed,
-                   checkpoint, 1000, False, True)
+            record(folder / f'finetune_trainable_{few}.json', self.finetune, row, folder, seed,
+                   checkpoint, few, False, True)
         if row.probe:
             held_out = blocks['held_out']
             for which, block in (('best', int(np.argmax(held_out))), ('last', len(held_out) - 1)):
@@ -167,7 +182,7 @@ class Study:
         """Score the mean over the patches behind every block, without training the network.
 
         Returns:
-            dict: ``held_out`` (linear probe with 1,000 labels on held-out training images); on the
+            dict: ``held_out`` (linear probe with few labels on held-out training images); on the
             test images ``linear_1000`` and so on, and ``knn``. One accuracy in percent for each
             block.
         """
@@ -182,11 +197,12 @@ class Study:
                 100 * (function(x[chosen], labels[chosen], queries[i], 10).argmax(1) == truth)
                 .float().mean().item() for i, x in enumerate(bank)]
 
-        score('held_out', linear_scores, order[:1000], [x[first:] for x in bank], labels[first:])
+        score('held_out', linear_scores, order[:self.size.few], [x[first:] for x in bank],
+              labels[first:])
         if test:
             queries, targets = self.features(model, 'test', self.size.test)
             for count in self.size.labels:
-                if count <= 10000:
+                if count <= first:
                     score(f'linear_{count}', linear_scores, order[:count], queries, targets)
             score('knn', knn_scores, order, queries, targets)
         return result
@@ -257,7 +273,7 @@ class Study:
 
     def probe(self, folder, seed, checkpoint, block):
         """Train an attentive probe on a frozen network."""
-        labels = max(count for count in self.size.labels if count <= 10000)
+        labels = max(count for count in self.size.labels if count < self.size.bank)
         return self.classify('attentive', folder / f'attentive_{block}', labels, seed, checkpoint, {
             f'{BACKBONE}out_indices': block, f'{BACKBONE}compile_blocks': False})
 
@@ -289,4 +305,4 @@ class Study:
         best = self.work_dir / 'tuning' / f'{name}_{self.chosen(row.pretrain) or 0:g}'
         checkpoint = self.pretrain(replace(row, epochs=0.25), best, TUNING_SEED, None)
         return record(folder / 'finetune.json', self.finetune, row, folder, TUNING_SEED,
-                      checkpoint, 1000, False, False, chosen)['top1']
+                      checkpoint, self.size.few, False, False, chosen)['top1']

@@ -1,0 +1,180 @@
+"""`make study`: a very short one from end to end on made-up files, and what its tables say."""
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import DATASETS, MODELS
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nepa_mm.apis import load_config
+
+from .conftest import REPO
+from .tiny_runs import load_tool
+
+study, steps, report = load_tool('study'), load_tool('study_steps'), load_tool('study_report')
+SIZE = steps.Size(images=256, bank=150, test=60, epochs=1, seeds=1, labels={100: 1}, few=100,
+                  lrs=(1e-3,), finetune_lrs=((1e-3, 0.75),))
+
+
+def write_idx(folder, name, images):
+    """Write images (N, 28, 28) and labels i % 10 like Fashion-MNIST's files."""
+    header = b''.join(number.to_bytes(4, 'big') for number in (2051, *images.shape))
+    (folder / f'{name}-images-idx3-ubyte').write_bytes(header + images.tobytes())
+    labels = (np.arange(len(images)) % 10).astype(np.uint8)
+    header = b''.join(number.to_bytes(4, 'big') for number in (2049, len(labels)))
+    (folder / f'{name}-labels-idx1-ubyte').write_bytes(header + labels.tobytes())
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """300 training and 80 test images: a square whose place is the class, and noise."""
+    folder, rng = tmp_path_factory.mktemp('fashion'), np.random.default_rng(0)
+    for name, count in (('train', 300), ('t10k', 80)):
+        images = rng.integers(0, 60, (count, 28, 28), dtype=np.uint8)
+        for i, image in enumerate(images):
+            row, column = 7 * (i % 10 // 4), 7 * (i % 10 % 4)
+            image[row:row + 7, column:column + 7] = 250
+        write_idx(folder, name, images)
+    return folder
+
+
+def test_test_images_are_not_training_images(data):
+    sizes = {split: len(DATASETS.build(dict(
+        type='FashionMNISTSubset', data_root=str(data), split=split)))
+        for split in ('train', 'test')}
+    assert sizes == dict(train=300, test=80)
+
+
+def test_few_labels_are_balanced_and_follow_the_seed(data):
+    def chosen(seed):
+        dataset = DATASETS.build(dict(type='FashionMNISTSubset', data_root=str(data),
+                                      split='train', num_labels=50, seed=seed))
+        infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+        assert np.bincount([info['gt_label'] for info in infos]).tolist() == [5] * 10
+        return np.stack([info['img'] for info in infos])
+
+    assert (chosen(0) == chosen(0)).all() and (chosen(0) != chosen(1)).any()
+    with pytest.raises(ValueError, match='num_labels must be a multiple of 10 up to 300, got 55'):
+        DATASETS.build(dict(type='FashionMNISTSubset', data_root=str(data), num_labels=55))
+
+
+class Now:
+    """A pool that runs at once, in this process."""
+
+    def submit(self, function, *args):
+        result = function(*args)
+        return type('Future', (), dict(result=lambda self: result))()
+
+
+def test_a_folder_holds_one_size(data, tmp_path):
+    steps.Study(tmp_path, data, SIZE).require_same_size()
+    steps.Study(tmp_path, data, SIZE).require_same_size()
+    with pytest.raises(ValueError, match='holds a study with seeds=1; choose another --work-dir'):
+        steps.Study(tmp_path, data, replace(SIZE, seeds=2)).require_same_size()
+
+
+def test_a_short_study(data, tmp_path, monkeypatch):
+    """Every kind of step runs; a second call runs what is missing, and nothing else."""
+    monkeypatch.setattr(report, 'REPO', tmp_path)       # docs must not change
+    small = steps.Study(tmp_path / 'study', data, SIZE)
+    small.require_same_size()
+    said = []
+    study.choose(Now(), small, said.append)
+    chosen = json.loads((tmp_path / 'study/chosen.json').read_text())
+    assert chosen['pretrain'] == 1e-3 and chosen['finetune_mae, random'] == [1e-3, 0.75]
+    assert 'finetune, pretrained: (0.001, 0.75)' in said[-1]
+
+    rows = {name: study.ROWS[name] for name in (
+        'NEPA', 'random start', 'MAE', 'MAE, random start', 'no shift', 'raw pixels')}
+    for name, row in rows.items():
+        small.run(name, row, 0)
+    records = report.collect(small.work_dir)
+    found = report.Summary(records)
+    assert set(found.steps('NEPA')) == {
+        'pretrain', 'blocks', 'finetune_bidirectional_100', 'finetune_causal_100',
+        'finetune_trainable_100', 'attentive_best', 'attentive_last'}
+    assert found.steps('MAE, random start').keys() == {'blocks', 'finetune_bidirectional_100'}
+    assert found.steps('no shift')['pretrain'][0]['monitors']['copy_cosine'] > 0.9
+    assert found.blocks('NEPA', 'knn').shape == (1, 6)
+    # the place of a bright square is easy to read off the pixels
+    assert found.blocks('raw pixels', 'linear_100')[0, 0] > 90
+
+    times = {path: path.stat().st_mtime_ns for path in small.work_dir.glob('runs/*/*.json')}
+    missing = small.work_dir / 'runs/NEPA_0/finetune_causal_100.json'
+    missing.unlink()
+    for name, row in rows.items():
+        small.run(name, row, 0)
+    changed = [path for path in times if path.stat().st_mtime_ns != times[path]]
+    assert changed == [missing]
+
+    report.write(small.work_dir)
+    text = (small.work_dir / 'results.md').read_text()
+    assert '| NEPA | causal |' in text and '| raw pixels | – |' in text
+    for picture in ('labels', 'blocks', 'curves'):
+        assert min(Image.open(small.work_dir / f'study_{picture}.png').size) > 300
+
+
+def test_equal_compute():
+    """MAE_COMPUTE is the ratio of the counted multiply-adds of both trainings."""
+    flops = []
+    for name in ('pretrain', 'pretrain_mae'):
+        cfg = load_config(REPO / 'configs/fashion_mnist' / f'{name}.py')
+        model = MODELS.build(dict(cfg.model, _scope_='mmpretrain'))
+        logging.disable(logging.INFO)
+        model.init_weights()
+        logging.disable(logging.NOTSET)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            sum(model.loss(torch.randn(2, 1, 28, 28), []).values()).backward()
+        flops.append(counter.get_total_flops())
+    assert flops[0] / flops[1] == pytest.approx(study.MAE_COMPUTE, rel=0.05)
+
+
+def made_up(**rows):
+    """Records of three seeds around given accuracies."""
+    return report.Summary(dict(chosen={}, size=vars(study.FULL), rows={
+        name.replace('_', ' '): {step: [value - 0.2, value, value + 0.2]
+                                 for step, value in values.items()}
+        for name, values in rows.items()}))
+
+
+def test_verdicts():
+    def answer(better, other, expected=1):
+        return report.verdict(np.array(better), np.array(other), expected)
+
+    assert answer([80., 81., 82.], [70., 71., 72.]) == ('+10.0 ± 0.8', 'yes')
+    assert answer([70., 71., 72.], [80., 81., 82.]) == ('-10.0 ± 0.8', 'no')
+    assert answer([70., 71., 72.], [80., 81., 82.], -1) == ('-10.0 ± 0.8', 'yes')
+    assert answer([80., 81., 82.], [79., 81., 82.]) == ('+0.3 ± 1.1', 'not resolved')
+    assert answer([80.], [70.]) == ('+10.0', 'one seed') and answer([], [70.]) == ('–', '–')
+
+
+def test_tables_of_made_up_records():
+    step = 'finetune_bidirectional_1000'
+    summary = made_up(full={step: 80.}, no_shift={step: 60.}, NEPA={
+        step: 84., 'finetune_causal_1000': 84.1}, random_start={step: 70.})
+    text = report.claims(summary)
+    assert '| Without the shift it fails | 1a | fails | +20.0 ± 0.2 | yes |' in text
+    assert '| Bidirectional fine-tuning helps | 1e | +1.2 | -0.1 ± 0.2 | not resolved |' in text
+    assert '| The causal mask helps | 1a | +3.2 | – | – |' in text
+    text = report.fine_tuning(summary)
+    assert '| NEPA | causal | 84.1 ± 0.1 |' in text
+    assert '| gain of NEPA over random start | bidirectional | +14.0 ± 0.2 |' in text
+
+
+def test_text_goes_between_the_marks():
+    page = 'a\n<!-- study -->\nold\n<!-- end of study -->\nb\n'
+    assert report.insert(page, 'new \\1') == (
+        'a\n<!-- study -->\n\nnew \\1\n<!-- end of study -->\nb\n')
+
+
+def test_the_page_is_that_of_the_records():
+    """Nobody edits the figures of docs/results.md."""
+    records = json.loads(Path(REPO, 'resources/study.json').read_text())
+    page = (REPO / 'docs/results.md').read_text()
+    assert report.insert(page, report.render(records)) == page
