@@ -35,7 +35,7 @@ class Size:
         bank (int): Training images for frozen features.
         test (int): Test images.
         epochs (int): Epochs of the main pretrainings; rows have a multiple of it.
-        seeds (int): Runs of every row.
+        seeds (tuple[int, int]): Runs of rows with all numbers of labels, and of other rows.
         labels (dict[int, int]): Epochs of fine-tuning by number of labels.
         few (int): Number of labels of ablations, tuning and the choice of blocks.
         lrs (tuple[float]): Learning rates of pretraining to choose from.
@@ -47,7 +47,7 @@ class Size:
     bank: int
     test: int
     epochs: int
-    seeds: int
+    seeds: tuple
     labels: dict
     few: int = 1000
     lrs: tuple = ()
@@ -65,7 +65,8 @@ class Row:
         epochs (float): Length as a multiple of the study's. Defaults to 0.25.
         finetune (str, optional): The config. Defaults to 'finetune'. None scores raw pixels.
         labels (str): 'all' numbers of labels, or 'few'. Defaults to 'few'.
-        attention (tuple[str]): Attention of fine-tuning. Defaults to ('bidirectional',).
+        attention (tuple[str]): Attention of fine-tuning; with very many labels the first only.
+            Defaults to ('bidirectional',).
         trainable (bool): Whether to fine-tune with a trainable patch embedding, too.
         probe (bool): Whether to train attentive probes. Defaults to False.
     """
@@ -132,7 +133,7 @@ class Study:
         few = self.size.few
         labels = self.size.labels if row.labels == 'all' else [few] if row.finetune else []
         for count in labels:
-            for attention in row.attention:
+            for attention in row.attention[:1 + (count < self.size.bank)]:
                 record(folder / f'finetune_{attention}_{count}.json', self.finetune, row, folder,
                        seed, checkpoint, count, attention == 'causal')
         if row.trainable:
@@ -217,7 +218,7 @@ class Study:
         if backbone.type == 'MAEViT':
             backbone.pop('mask_ratio')
             backbone.type = 'VisionTransformer'
-        backbone.update(out_type='avg_featmap', out_indices=list(range(6)))
+        backbone.update(out_type='avg_featmap', out_indices=list(range(backbone.arch.num_layers)))
         init_default_scope('mmpretrain')
         torch.manual_seed(seed)
         model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, data_preprocessor=dict(

@@ -1,10 +1,10 @@
 """Attentive probe on Fashion-MNIST: attention pooling on frozen tokens of one block.
 
-Command:  python tools/train.py configs/fashion_mnist/attentive.py --cfg-options block=5
+Command:  python tools/train.py configs/fashion_mnist/attentive.py --cfg-options block=3
 """
 _base_ = ['./linear.py']
 
-block = 5               # whose output is read, from 0
+block = 3               # whose output is read, from 0
 
 model = dict(
     backbone=dict(out_type='raw', out_indices=block),

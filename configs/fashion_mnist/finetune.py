@@ -1,7 +1,7 @@
 """Fine-tuning on Fashion-MNIST with few labels or all, from the checkpoint of pretrain.py.
 
 Command:  python tools/train.py configs/fashion_mnist/finetune.py \
-              --cfg-options num_labels=1000 epochs=40
+              --cfg-options num_labels=1000 epochs=20
 From scratch, with the same recipe:  pretrained=None
 
 The released recipe of ImageNet for 28 pixels: attention is bidirectional (causal=True keeps the
@@ -15,13 +15,13 @@ _base_ = [
 ]
 
 data_root = 'data/fashion_mnist'
-pretrained = 'work_dirs/pretrain/epoch_20.pth'
+pretrained = 'work_dirs/pretrain/epoch_4.pth'
 num_labels = 1000
 label_seed = 0          # selects the labelled images
 causal = False
 embed_dims = 128
-num_layers = 6
-epochs = 40
+num_layers = 4
+epochs = 20
 batch_size = 100
 lr = 4e-3               # of the last block
 layer_decay_rate = 0.75

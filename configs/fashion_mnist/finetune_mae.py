@@ -11,7 +11,7 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type='VisionTransformer',
-        arch=dict(embed_dims=128, num_layers=6, num_heads=4, feedforward_channels=512),
+        arch=dict(embed_dims=128, num_layers=4, num_heads=4, feedforward_channels=512),
         img_size=28,
         patch_size=4,
         in_channels=1,
@@ -19,5 +19,5 @@ model = dict(
         out_type='avg_featmap',
         final_norm=False,
         init_cfg=dict(
-            type='Pretrained', checkpoint='work_dirs/pretrain_mae/epoch_20.pth',
+            type='Pretrained', checkpoint='work_dirs/pretrain_mae/epoch_4.pth',
             prefix='backbone.')))

@@ -3,15 +3,16 @@
 Paper:    arXiv 2111.06377.
 Command:  python tools/train.py configs/fashion_mnist/pretrain_mae.py
 
-Network, mask, loss and optimizer are those of mmpretrain's mae_vit-base-p16; the decoder has the
-same ratios of width (2/3) and depth (2/3) to the encoder, in whole heads. Data, batch, warmup, EMA
+Network, mask, loss and optimizer are those of mmpretrain's mae_vit-base-p16; the decoder is as
+large in proportion to the encoder: two thirds of its width and depth, rounded to whole heads and
+blocks. Data, batch, warmup, EMA
 and epochs are those of pretrain.py.
 """
 _base_ = ['./pretrain.py']
 
 embed_dims = 128        # the encoder: width and number of blocks
-num_layers = 6
-lr = 1.5e-3
+num_layers = 4
+lr = 1.5e-3             # at batch 128
 
 model = dict(
     _delete_=True,
@@ -32,7 +33,7 @@ model = dict(
         in_chans=1,
         embed_dim=embed_dims,
         decoder_embed_dim=96,
-        decoder_depth=4,
+        decoder_depth=3,
         decoder_num_heads=3),
     head=dict(
         type='MAEPretrainHead',
