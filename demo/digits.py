@@ -49,6 +49,7 @@ from nepa_mm.apis import load_config
 from nepa_mm.checkpoints.loading import load_pretrained
 from nepa_mm.evaluation.frozen_features import knn_accuracy
 from nepa_mm.visualization.html_page import describe_image, write_page
+from pictures import plot_predictions
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
@@ -182,49 +183,6 @@ def plot_loss(losses, path):
     plt.close(figure)
 
 
-@torch.no_grad()
-def plot_predictions(model, bank, images, path):
-    """Plot images, the model's prediction of each patch, and its cosine with the patch.
-
-    A predicted embedding is shown as the training patch with the nearest embedding.
-
-    Args:
-        model (NEPA): The pretrained model, in evaluation mode.
-        bank (Tensor): Normalised training images (M, 3, H, W).
-        images (Tensor): Normalised images to show (n, 3, H, W).
-        path (Path): The image file.
-    """
-    import matplotlib.pyplot as plt
-
-    backbone, (size, _) = model.backbone, model.backbone.patch_embed.patch_size
-    z, (gh, gw) = backbone.embed(images)
-    h = model.forward_tokens(z, (gh, gw))[-1]
-    patches = F.unfold(bank[:, :1], size, stride=size).transpose(1, 2).flatten(0, 1)
-    keys = F.normalize(backbone.embed(bank)[0].flatten(0, 1), dim=-1)
-    nearest = (F.normalize(h, dim=-1) @ keys.T).argmax(dim=-1)              # n N
-    expected = F.fold(patches[nearest].transpose(1, 2), images.shape[2:], size, stride=size)
-    cosine = F.cosine_similarity(h, z, dim=-1).unflatten(1, (gh, gw))
-
-    rows = [('image', images[:, 0], dict(cmap='gray', vmin=-1, vmax=1)),
-            ('predicted:\neach patch from\nthose before it', expected[:, 0],
-             dict(cmap='gray', vmin=-1, vmax=1)),
-            ('cosine of\nprediction\nand patch', cosine, dict(cmap='viridis', vmin=0, vmax=1))]
-    figure, axes = plt.subplots(3, len(images), figsize=(1.25 * len(images) + 2, 4.6),
-                                layout='constrained')
-    for line, (label, panels, style) in zip(axes, rows):
-        for axis, panel in zip(line, panels):
-            shown = axis.imshow(panel, extent=(0, gw, gh, 0), interpolation='nearest', **style)
-            axis.set(xticks=range(gw + 1), yticks=range(gh + 1), xticklabels=[], yticklabels=[])
-            axis.tick_params(length=0)
-            axis.grid(color='#64748b', linewidth=0.4)
-        line[0].set_ylabel(label, rotation=0, ha='right', va='center')
-    figure.colorbar(shown, ax=axes[2], fraction=0.05, pad=0.01)
-    figure.suptitle('What NEPA expects next on digits that it has not seen; patches are read '
-                    'row by row')
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def write_explorer(model, images, source, path):
     """Write a page to explore attention and predictions.
 
@@ -348,7 +306,8 @@ def main(argv=None):
                    seconds=round(time.time() - begin))
     (out / 'results.json').write_text(json.dumps(results, indent=2))
     plot_loss(losses, out / 'loss.png')
-    plot_predictions(model, images['bank'], images['queries'][:8], out / 'prediction.png')
+    plot_predictions(model, images['bank'], images['queries'][:8], 'digits',
+                     out / 'prediction.png')
     write_explorer(model, images['queries'][:8], checkpoint.name, out / 'explore.html')
     plot_segmentation(out, out / 'segmentation.png')
     show(console, results, out / 'results.md')

@@ -157,6 +157,7 @@ def main(argv=None):
         for count, future in enumerate(as_completed(futures), 1):
             future.result()
             report(f'{count} of {len(futures)}: {futures[future]}')
+    study.picture(ROWS['NEPA'], study.work_dir / 'study_prediction.png')
     study_report.write(study.work_dir, docs=not args.quick)
     report(f'Tables and pictures are in {args.work_dir}.')
 

@@ -251,7 +251,9 @@ def render(records):
         ablations(summary),
         'Does the direction of the paper reproduce? A difference below two standard errors is not '
         'resolved:', claims(summary), '### Scaling', scaling(summary),
-        '![Loss and accuracy against compute](../resources/study_curves.png)']
+        '![Loss and accuracy against compute](../resources/study_curves.png)',
+        '### What it expects',
+        '![Predicted clothes](../resources/study_prediction.png)']
     return '\n\n'.join(part for part in parts if part) + '\n'
 
 
@@ -341,9 +343,9 @@ def write(work_dir, docs=False):
     for plot in (plot_labels, plot_blocks, plot_curves):
         picture = work_dir / f'study_{plot.__name__.removeprefix("plot_")}.png'
         plot(summary, picture)
-        if docs:
-            shutil.copy(picture, REPO / 'resources')
     if docs:
+        for picture in work_dir.glob('study_*.png'):
+            shutil.copy(picture, REPO / 'resources')
         shutil.copy(work_dir / 'results.json', REPO / 'resources' / 'study.json')
         page = REPO / 'docs' / 'results.md'
         page.write_text(insert(page.read_text(), text))

@@ -17,6 +17,7 @@ from nepa_mm.checkpoints.loading import load_pretrained
 from nepa_mm.engine.hooks import NEPAMonitorHook
 from nepa_mm.evaluation.frozen_features import evaluating, knn_scores, linear_scores
 from nepa_mm.utils.files import atomic_write
+from pictures import plot_predictions
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'fashion_mnist'
 MONITORS = ('next_cosine', 'copy_cosine', 'lift', 'embedding_std', 'embedding_rank',
@@ -228,16 +229,19 @@ class Study:
             load_pretrained(model.backbone, checkpoint, 'backbone.')
         return model
 
-    def features(self, model, split, count):
-        """Features (blocks, images, D) and labels of the first images of a split."""
+    def loader(self, split, count):
+        """The first images of a split, in batches of 500."""
         dataset = dict(type='FashionMNISTSubset', data_root=str(self.data), split=split,
                        indices=count, pipeline=[dict(type='PackInputs')])
-        loader = Runner.build_dataloader(dict(
+        return Runner.build_dataloader(dict(
             batch_size=500, dataset=dataset, collate_fn=dict(type='default_collate'),
             sampler=dict(type='DefaultSampler', shuffle=False)))
+
+    def features(self, model, split, count):
+        """Features (blocks, images, D) and labels of the first images of a split."""
         found, labels = [], []
         with evaluating(model) if model else nullcontext(), torch.no_grad():
-            for batch in loader:
+            for batch in self.loader(split, count):
                 if model is None:
                     found.append(batch['inputs'].flatten(1).float()[None].to(get_device()))
                 else:
@@ -245,6 +249,19 @@ class Study:
                     found.append(torch.stack([x.float() for x in model.backbone(images)]))
                 labels += [sample.gt_label for sample in batch['data_samples']]
         return torch.cat(found, 1), torch.cat(labels).to(found[0].device)
+
+    def picture(self, row, path, num=8):
+        """Draw what the pretrained network of seed 0 expects next on test images."""
+        checkpoint = self.pretrain(row, self.work_dir / 'runs/NEPA_0', 0, self.chosen(row.pretrain))
+        cfg = load_config(CONFIGS / 'pretrain.py', {f'{BACKBONE}init_cfg': dict(
+            type='Pretrained', checkpoint=str(checkpoint), prefix='backbone.')})
+        init_default_scope('mmpretrain')
+        model = MODELS.build(cfg.model).eval()
+        model.init_weights()
+        bank, images = (next(iter(self.loader(split, count))) for split, count in (
+            ('train', 500), ('test', num)))
+        bank, images = (model.data_preprocessor(batch)['inputs'] for batch in (bank, images))
+        plot_predictions(model, bank, images, 'clothes', path)
 
     def finetune(self, row, folder, seed, checkpoint, labels, causal=False, trainable=False,
                  chosen=None):

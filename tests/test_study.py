@@ -75,7 +75,7 @@ class Now:
 def test_a_folder_holds_one_size(data, tmp_path):
     steps.Study(tmp_path, data, SIZE).require_same_size()
     steps.Study(tmp_path, data, SIZE).require_same_size()
-    with pytest.raises(ValueError, match='holds a study with seeds=.1, 1.; choose another --work-dir'):
+    with pytest.raises(ValueError, match='holds a study with seeds=.1, 1.; choose another'):
         steps.Study(tmp_path, data, replace(SIZE, seeds=(2, 1))).require_same_size()
 
 
@@ -106,6 +106,8 @@ def test_a_short_study(data, tmp_path, monkeypatch):
     assert found.blocks('raw pixels', 'linear_100')[0, 0] > 90
 
     times = {path: path.stat().st_mtime_ns for path in small.work_dir.glob('runs/*/*.json')}
+    log, = (small.work_dir / 'runs/MAE_0/pretrain').glob('2*/*.log')
+    assert 'Pretraining: MAE with MAEViT' in log.read_text()
     missing = small.work_dir / 'runs/NEPA_0/finetune_causal_100.json'
     missing.unlink()
     for name, row in rows.items():
@@ -113,10 +115,11 @@ def test_a_short_study(data, tmp_path, monkeypatch):
     changed = [path for path in times if path.stat().st_mtime_ns != times[path]]
     assert changed == [missing]
 
+    small.picture(rows['NEPA'], small.work_dir / 'study_prediction.png')
     report.write(small.work_dir)
     text = (small.work_dir / 'results.md').read_text()
     assert '| NEPA | causal |' in text and '| raw pixels | – |' in text
-    for picture in ('labels', 'blocks', 'curves'):
+    for picture in ('labels', 'blocks', 'curves', 'prediction'):
         assert min(Image.open(small.work_dir / f'study_{picture}.png').size) > 300
 
 

@@ -8,6 +8,7 @@ from mmengine import dist
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmpretrain.models.selfsup.base import BaseSelfSupervisor
 
 from nepa_mm.checkpoints.loading import unwrapped
 from nepa_mm.utils.nested import iter_dicts
@@ -45,7 +46,9 @@ def _task(model, stage):
         return 'Test'
     if hasattr(model, 'decode_head'):
         return 'Segmentation training'
-    return 'Pretraining' if type(model).__name__ == 'NEPA' else 'Classification training'
+    if isinstance(model, BaseSelfSupervisor):
+        return 'Pretraining'
+    return 'Classification training'
 
 
 def _images(loader):

@@ -13,11 +13,12 @@ from mmengine.logging import MMLogger
 HARMLESS = (
     'Fail to import ``MultiScaleDeformableAttention``',     # mmcv-lite; NEPA needs no operators
     'Default ``avg_non_ignore`` is False',                  # as in mmseg's recipes
+    'The given NumPy array is not writable',                # mmpretrain reads MNIST files
     'The draw is False, it means that the hook for visualization')
 
 
 def ignore_harmless_warnings() -> None:
-    """Ignore three warnings of mmcv and mmseg that users cannot act on."""
+    """Ignore warnings of mmcv, mmpretrain and mmseg that users cannot act on."""
     for message in HARMLESS:
         warnings.filterwarnings('ignore', message)
 
