@@ -26,6 +26,15 @@ from nepa_mm.utils.outputs import claim_folder
 SCENE = 32              # side of a scene in pixels: 2 x 2 cells with a digit each
 DIGIT = (15, 16)        # smallest and largest side of a digit in pixels
 EDGE = (0.25, 0.4)      # opacity: background below, object above, unlabelled between
+CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))      # row and column of the cells
+
+
+def texture(rng, side, channels=3):
+    """Draw a dark background of random coarseness: (side, side, channels), floats from 0 to 60."""
+    cells = rng.integers(4, 17)
+    pixels = rng.integers(0, 61, (cells, cells, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze()).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(side, side, channels).astype(np.float64)
 
 
 def resize(pixels, side):
@@ -62,14 +71,11 @@ def digit_scene(rng, digits):
         tuple[ndarray, ndarray]: Image (32, 32, 3) and labels (32, 32), both uint8. As in ADE20K, 0
         is unlabelled; 1 is background, 2 to 11 are the digits 0 to 9.
     """
-    cells = rng.integers(4, 17)
-    texture = Image.fromarray(rng.integers(0, 61, (cells, cells, 3), dtype=np.uint8))
-    image = np.asarray(texture.resize((SCENE, SCENE), Image.Resampling.BICUBIC)).astype(np.float64)
-    label = np.ones((SCENE, SCENE), np.uint8)
+    image, label = texture(rng, SCENE), np.ones((SCENE, SCENE), np.uint8)
     half = SCENE // 2
-    for corner in ((0, 0), (0, half), (half, 0), (half, half)):
+    for corner in CORNERS:
         digit, side = digits[rng.integers(len(digits))], rng.integers(DIGIT[0], DIGIT[1] + 1)
-        top, left = corner + rng.integers(0, half - side + 1, 2)
+        top, left = np.multiply(corner, half) + rng.integers(0, half - side + 1, 2)
         place = np.s_[top:top + side, left:left + side]
         paste(image, label, place, resize(digit['img'][..., 0], side), 255, 2 + digit['gt_label'])
     return image.round().astype(np.uint8), label

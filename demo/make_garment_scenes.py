@@ -21,20 +21,19 @@ if __name__ == '__main__':
     parse_args()    # before the slow imports
 
 import numpy as np
-from PIL import Image
 
-from make_digit_scenes import paste, resize, write_scenes
+from make_digit_scenes import CORNERS, paste, resize, texture, write_scenes
 from nepa_mm.apis import user_errors
 from nepa_mm.datasets import FashionMNISTSubset
 
-SCENE = 56              # side of a scene in pixels
+SCENE = 56              # side of a scene in pixels: 2 x 2 cells with a garment each
 GARMENT = (20, 28)      # smallest and largest side of a garment's image in pixels
-GARMENTS = (3, 5)       # smallest and largest number of them
+OVERLAP = 2             # pixels by which it may leave its cell
 OPAQUE = 0.2            # brightness from which a garment's pixel hides what is behind it
 
 
 def garment_scene(rng, garments):
-    """Draw clothes, which may overlap, on a textured background.
+    """Draw four garments, some of them mirrored, on a textured background.
 
     Args:
         rng (numpy.random.Generator): Source of all randomness.
@@ -44,17 +43,15 @@ def garment_scene(rng, garments):
         tuple[ndarray, ndarray]: Image and labels, both (56, 56), uint8. As in ADE20K, 0 is
         unlabelled; 1 is background, 2 to 11 are the classes of Fashion-MNIST.
     """
-    cells = rng.integers(4, 29)
-    texture = rng.integers(0, 256, (cells, cells)) * rng.uniform(0.2, 1)
-    texture = Image.fromarray(texture.astype(np.uint8))
-    image = np.asarray(texture.resize((SCENE, SCENE), Image.Resampling.BICUBIC))
-    image, label = image[..., None].astype(np.float64), np.ones((SCENE, SCENE), np.uint8)
-    for _ in range(rng.integers(GARMENTS[0], GARMENTS[1] + 1)):
+    image, label = texture(rng, SCENE, channels=1), np.ones((SCENE, SCENE), np.uint8)
+    for corner in CORNERS:
         garment, side = garments[rng.integers(len(garments))], rng.integers(*GARMENT, endpoint=True)
         pixels = resize(np.asarray(garment['img']), side)
         if rng.integers(2):
             pixels = pixels[:, ::-1]
-        top, left = rng.integers(0, SCENE - side + 1, 2)
+        margin = SCENE // 2 - side + OVERLAP
+        top, left = np.clip(np.multiply(corner, SCENE // 2) + rng.integers(-OVERLAP, margin + 1, 2),
+                            0, SCENE - side)
         paste(image, label, np.s_[top:top + side, left:left + side],
               np.minimum(pixels / OPAQUE, 1), 255 * pixels[..., None], 2 + garment['gt_label'])
     return image[..., 0].round().astype(np.uint8), label
