@@ -41,4 +41,14 @@ class FewLabels(BaseDataset):
 
 @DATASETS.register_module()
 class FashionMNISTSubset(FewLabels, FashionMNIST):
-    """mmpretrain's FashionMNIST with ``num_labels`` and ``seed`` of :class:`FewLabels`."""
+    """mmpretrain's FashionMNIST with ``num_labels`` and ``seed`` of :class:`FewLabels`.
+
+    Args:
+        split (str): 'train', 60,000 images, or 'test', 10,000 images. It sets ``test_mode``:
+            mmpretrain's class reads the training images for 'test' without it. Defaults to
+            'train'.
+        **kwargs: Other arguments of FewLabels and FashionMNIST.
+    """
+
+    def __init__(self, *args: Any, split: str = 'train', **kwargs: Any):
+        super().__init__(*args, **{**kwargs, 'split': split, 'test_mode': split == 'test'})
