@@ -1,4 +1,4 @@
-"""Small runs for `make demo` and `make ablations`."""
+"""Command lines and small runs of the demos."""
 import contextlib
 import io
 from pathlib import Path
@@ -34,6 +34,16 @@ def parse_args(description, argv, name, seeds, seeds_help, rows=(), default_rows
                             help=f'rows of the table, of: {", ".join(rows)} (default: '
                                  f'{", ".join(default_rows)})')
     return parser.parse_args(argv)
+
+
+def scene_parser(description, out):
+    """Return the parser of a tool that writes scenes to ``out`` by default."""
+    parser = tool_parser(description)
+    parser.add_argument('--out', default=out, help=f'where scenes go (default: {out})')
+    parser.add_argument('--train', type=int, default=100, help='training scenes (default: 100)')
+    parser.add_argument('--val', type=int, default=100, help='validation scenes (default: 100)')
+    parser.add_argument('--seed', type=int, default=0, help='(default: 0)')
+    return parser
 
 
 def claim_work_dir(args, name):

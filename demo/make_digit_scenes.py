@@ -4,17 +4,11 @@
 
 This is the data of configs/demo/digits_upernet.py; see :func:`digit_scene` for the labels.
 """
-from nepa_mm_cli import tool_parser
+from common import scene_parser
 
 
 def parse_args(argv=None):
-    parser = tool_parser(__doc__)
-    parser.add_argument('--out', default='data/digit_scenes', help='where scenes go '
-                        '(default: data/digit_scenes)')
-    parser.add_argument('--train', type=int, default=100, help='training scenes (default: 100)')
-    parser.add_argument('--val', type=int, default=100, help='validation scenes (default: 100)')
-    parser.add_argument('--seed', type=int, default=0, help='(default: 0)')
-    return parser.parse_args(argv)
+    return scene_parser(__doc__, 'data/digit_scenes').parse_args(argv)
 
 
 if __name__ == '__main__':
@@ -31,7 +25,39 @@ from nepa_mm.utils.outputs import claim_folder
 
 SCENE = 32              # side of a scene in pixels: 2 x 2 cells with a digit each
 DIGIT = (15, 16)        # smallest and largest side of a digit in pixels
-EDGE = (0.25, 0.4)      # fraction of ink: background below, digit above, unlabelled between
+EDGE = (0.25, 0.4)      # opacity: background below, object above, unlabelled between
+CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))      # row and column of the cells
+
+
+def texture(rng, side, channels=3):
+    """Draw a dark background of random coarseness: (side, side, channels), floats from 0 to 60."""
+    cells = rng.integers(4, 17)
+    pixels = rng.integers(0, 61, (cells, cells, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze()).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(side, side, channels).astype(np.float64)
+
+
+def resize(pixels, side):
+    """Resize grey pixels (h, w), uint8, to a square; return floats from 0 to 1."""
+    image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(image, np.float64) / 255
+
+
+def paste(image, label, place, opacity, colour, category):
+    """Blend an object into a scene and into its labels, in place.
+
+    Args:
+        image (ndarray): The scene (height, width, channels), floats from 0 to 255.
+        label (ndarray): Its labels (height, width), uint8; 0 is unlabelled.
+        place (tuple[slice, slice]): Rows and columns of the object.
+        opacity (ndarray): (h, w), from 0 to 1. Between the two values of ``EDGE`` pixels become
+            unlabelled, above them they get the label ``category``.
+        colour (ndarray | float): Of the object, from 0 to 255; broadcast to (h, w, channels).
+        category (int): The label.
+    """
+    image[place] += opacity[..., None] * (colour - image[place])
+    label[place][opacity >= EDGE[0]] = 0
+    label[place][opacity >= EDGE[1]] = category
 
 
 def digit_scene(rng, digits):
@@ -45,32 +71,28 @@ def digit_scene(rng, digits):
         tuple[ndarray, ndarray]: Image (32, 32, 3) and labels (32, 32), both uint8. As in ADE20K, 0
         is unlabelled; 1 is background, 2 to 11 are the digits 0 to 9.
     """
-    cells = rng.integers(4, 17)
-    texture = Image.fromarray(rng.integers(0, 61, (cells, cells, 3), dtype=np.uint8))
-    image = np.asarray(texture.resize((SCENE, SCENE), Image.Resampling.BICUBIC), np.float64)
-    label = np.ones((SCENE, SCENE), np.uint8)
+    image, label = texture(rng, SCENE), np.ones((SCENE, SCENE), np.uint8)
     half = SCENE // 2
-    for corner in ((0, 0), (0, half), (half, 0), (half, half)):
+    for corner in CORNERS:
         digit, side = digits[rng.integers(len(digits))], rng.integers(DIGIT[0], DIGIT[1] + 1)
-        top, left = corner + rng.integers(0, half - side + 1, 2)
+        top, left = np.multiply(corner, half) + rng.integers(0, half - side + 1, 2)
         place = np.s_[top:top + side, left:left + side]
-        ink = Image.fromarray(digit['img'][..., 0]).resize((side, side), Image.Resampling.BICUBIC)
-        ink = np.asarray(ink, np.float64) / 255
-        image[place] += ink[..., None] * (255 - image[place])
-        label[place][ink >= EDGE[0]] = 0
-        label[place][ink >= EDGE[1]] = 2 + digit['gt_label']
+        paste(image, label, place, resize(digit['img'][..., 0], side), 255, 2 + digit['gt_label'])
     return image.round().astype(np.uint8), label
 
 
-def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
+def write_scenes(folder, draw, load, num_train, num_val, seed):
     """Write scenes in ADE20K's folder layout, a small data set for semantic segmentation.
 
     Args:
         folder (str | Path): Where ``images/`` and ``annotations/`` go, each with ``training/`` and
             ``validation/``.
-        num_train (int): Number of training scenes, from training digits. Defaults to 100.
-        num_val (int): Number of validation scenes, from test digits. Defaults to 100.
-        seed (int): A scene depends on the seed and its own number only. Defaults to 0.
+        draw (Callable): Draws a scene: an image and its labels, from a random generator and the
+            samples of a split.
+        load (Callable): Returns the samples of a split, 'train' or 'test'.
+        num_train (int): Number of training scenes, from training samples.
+        num_val (int): Number of validation scenes, from test samples.
+        seed (int): A scene depends on the seed and its own number only.
 
     Raises:
         FileExistsError: The folder holds other files.
@@ -80,12 +102,18 @@ def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
         images, labels = (Path(folder) / kind / part for kind in ('images', 'annotations'))
         images.mkdir(parents=True, exist_ok=True)
         labels.mkdir(parents=True, exist_ok=True)
-        digits = Digits(split, pipeline=[]).load_data_list()
+        samples = load(split)
         for i in range(num):
             rng = np.random.default_rng((seed, SPLITS.index(split), i))
-            image, label = digit_scene(rng, digits)
+            image, label = draw(rng, samples)
             Image.fromarray(image).save(images / f'{i:05d}.jpg', quality=95, subsampling=0)
             Image.fromarray(label).save(labels / f'{i:05d}.png')
+
+
+def write_digit_scenes(folder, num_train=100, num_val=100, seed=0):
+    """Write scenes of digits; see :func:`write_scenes` for arguments and errors."""
+    write_scenes(folder, digit_scene, lambda split: Digits(split, pipeline=[]).load_data_list(),
+                 num_train, num_val, seed)
 
 
 def main(argv=None):
