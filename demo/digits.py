@@ -16,8 +16,6 @@ def parse_args(argv=None):
 if __name__ == '__main__':
     parse_args()    # before the slow imports
 
-import contextlib
-import io
 import json
 import multiprocessing
 import os
@@ -37,7 +35,6 @@ import torch.nn.functional as F
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -49,7 +46,7 @@ from nepa_mm.apis import load_config
 from nepa_mm.checkpoints.loading import load_pretrained
 from nepa_mm.evaluation.frozen_features import knn_accuracy
 from nepa_mm.visualization.html_page import describe_image, write_page
-from pictures import plot_predictions
+from pictures import plot_predictions, plot_segmentation
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
 LABELS = {100: 80, 300: 30}     # labelled images: epochs of fine-tuning
@@ -201,51 +198,6 @@ def write_explorer(model, images, source, path):
     write_page(path, entries, backbone, source=source, overwrite=True, **shown)
 
 
-def plot_segmentation(work_dir, path, num=6):
-    """Plot scenes, their labels and the predictions of the segmentors of seed 0.
-
-    Args:
-        work_dir (Path): The demo's work directory.
-        path (Path): The image file.
-        num (int): Number of validation scenes. Defaults to 6.
-    """
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    from nepa_mm.compat.quiet import import_mmseg
-    import_mmseg()
-    from mmseg.apis import inference_model, init_model
-
-    names = [f'{i:05d}' for i in range(num)]
-    images = [str(work_dir / f'scenes/images/validation/{name}.jpg') for name in names]
-    rows = {'image': [np.asarray(Image.open(image)) for image in images]}
-    labels = [np.asarray(Image.open(work_dir / f'scenes/annotations/validation/{name}.png'))
-              for name in names]
-    rows['truth'] = [label.astype(int) - 1 for label in labels]
-    for start, row in (('pretrained', 'prediction,\nwith pretraining'),
-                       ('random', 'prediction,\nwithout')):
-        folder = segmentor_dir(work_dir, start, 0)
-        with contextlib.redirect_stdout(io.StringIO()):
-            model = init_model(str(folder / 'digits_upernet.py'),
-                               str(folder / f'iter_{ITERS}.pth'), device='cpu')
-        rows[row] = [result.pred_sem_seg.data[0].numpy()
-                     for result in inference_model(model, images)]
-    classes = model.dataset_meta['classes']
-    palette = np.array([*model.dataset_meta['palette'], [128, 128, 128]]) / 255  # -1: unlabelled
-    figure, axes = plt.subplots(len(rows), num, figsize=(1.5 * num + 2, 6.8), layout='constrained')
-    for line, (name, panels) in zip(axes, rows.items()):
-        for axis, panel in zip(line, panels):
-            axis.imshow(panel if panel.ndim == 3 else palette[panel], interpolation='nearest')
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, rotation=0, ha='right', va='center')
-    figure.legend(handles=[Patch(color=colour, label=label) for colour, label
-                           in zip(palette, (*classes, 'unlabelled edge'))],
-                  loc='outside lower center', ncols=6, frameon=False)
-    figure.suptitle('UPerNet on NEPA, scenes of digits that it has not seen')
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def show(console, results, path):
     """Print the table and write it as Markdown."""
     head = 'accuracy on 500 test digits or mIoU on 100 scenes, %'
@@ -309,7 +261,10 @@ def main(argv=None):
     plot_predictions(model, images['bank'], images['queries'][:8], 'digits',
                      out / 'prediction.png')
     write_explorer(model, images['queries'][:8], checkpoint.name, out / 'explore.html')
-    plot_segmentation(out, out / 'segmentation.png')
+    plot_segmentation(out / 'scenes', {
+        'prediction,\nwith pretraining': segmentor_dir(out, 'pretrained', 0),
+        'prediction,\nwithout': segmentor_dir(out, 'random', 0)},
+        'UPerNet on NEPA, scenes of digits that it has not seen', out / 'segmentation.png')
     show(console, results, out / 'results.md')
     problems = check(results)
     for problem in problems:

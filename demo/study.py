@@ -50,6 +50,7 @@ from rich.console import Console
 import nepa_mm  # noqa: F401
 import study_report
 from common import claim_work_dir
+from make_garment_scenes import write_garment_scenes
 from nepa_mm.apis import user_errors
 from nepa_mm.utils.files import atomic_write
 from study_steps import BACKBONE, Row, Size, Study
@@ -58,8 +59,9 @@ DEBIAN = Path('/usr/share/datasets/fashion-mnist')     # Debian's package datase
 FULL = Size(60000, 15000, 10000, 4, (3, 2), {100: 60, 1000: 20, 10000: 3, 60000: 1},
             lrs=(1.5e-3, 3e-3, 6e-3),
             finetune_lrs=tuple((lr, decay) for lr in (2e-3, 4e-3) for decay in (0.75, 1.)))
-QUICK = Size(5000, 3000, 2000, 4, (2, 2), {100: 40, 1000: 5}, rows=(
-    'NEPA', 'random start', 'MAE', 'MAE, random start', 'full', 'no shift', 'no stop-gradient'))
+QUICK = Size(5000, 3000, 2000, 4, (2, 2), {100: 40, 1000: 5}, scenes=(10, 30), iters=50, rows=(
+    'NEPA', 'random start', 'MAE', 'MAE, random start', 'full', 'no shift', 'no stop-gradient',
+    'raw pixels'))
 
 
 BOTH = dict(labels='all', attention=('bidirectional', 'causal'), probe=True)
@@ -149,6 +151,9 @@ def main(argv=None):
         console.print(f'{(time.time() - begin) / 60:6.1f} min  {text}', soft_wrap=True,
                       highlight=False)
 
+    if not (study.work_dir / 'scenes').exists():
+        write_garment_scenes(study.work_dir / 'scenes', size.scenes[-1], 2 * size.scenes[-1],
+                             data=study.data)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn')) as pool:
         choose(pool, study, report)
         futures = {pool.submit(study.run, name, ROWS[name], seed): f'{name}, seed {seed}'
@@ -157,7 +162,7 @@ def main(argv=None):
         for count, future in enumerate(as_completed(futures), 1):
             future.result()
             report(f'{count} of {len(futures)}: {futures[future]}')
-    study.picture(ROWS['NEPA'], study.work_dir / 'study_prediction.png')
+    study.draw(ROWS['NEPA'])
     study_report.write(study.work_dir, docs=not args.quick)
     report(f'Tables and pictures are in {args.work_dir}.')
 

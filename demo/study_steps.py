@@ -17,7 +17,7 @@ from nepa_mm.checkpoints.loading import load_pretrained
 from nepa_mm.engine.hooks import NEPAMonitorHook
 from nepa_mm.evaluation.frozen_features import evaluating, knn_scores, linear_scores
 from nepa_mm.utils.files import atomic_write
-from pictures import plot_predictions
+from pictures import plot_predictions, plot_segmentation
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'fashion_mnist'
 MONITORS = ('next_cosine', 'copy_cosine', 'lift', 'embedding_std', 'embedding_rank',
@@ -42,6 +42,9 @@ class Size:
         lrs (tuple[float]): Learning rates of pretraining to choose from.
         finetune_lrs (tuple[tuple]): Learning rates and layer decays of fine-tuning likewise.
         rows (tuple[str], optional): Rows to run. Defaults to None: all.
+        scenes (tuple[int]): Numbers of labelled scenes for segmentation, the largest last. Defaults
+            to (10, 30, 100).
+        iters (int, optional): Iterations of segmentation. Defaults to None: those of the config.
     """
 
     images: int
@@ -54,6 +57,8 @@ class Size:
     lrs: tuple = ()
     finetune_lrs: tuple = ()
     rows: tuple | None = None
+    scenes: tuple = (10, 30, 100)
+    iters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Row:
         attention (tuple[str]): Attention of fine-tuning; with very many labels the first only.
             Defaults to ('bidirectional',).
         trainable (bool): Whether to fine-tune with a trainable patch embedding, too.
-        probe (bool): Whether to train attentive probes. Defaults to False.
+        probe (bool): Whether to train attentive probes and segment scenes. Defaults to False.
     """
 
     pretrain: str | None = 'pretrain'
@@ -145,6 +150,16 @@ class Study:
             for which, block in (('best', int(np.argmax(held_out))), ('last', len(held_out) - 1)):
                 record(folder / f'attentive_{which}.json', self.probe, folder, seed, checkpoint,
                        block)
+            *_, most = self.size.scenes
+            frozen = {'block': int(np.argmax(held_out))}
+            tuned = {'block': len(held_out) - 1, 'causal': False, 'lr': 2e-3,
+                     'frozen_stages': 0 if checkpoint else -1}
+            for kind, count, config, settings in (
+                    ('frozen', most, 'segment_linear', frozen), ('upernet', most, 'upernet', {}),
+                    *(('tuned', count, 'segment_linear', tuned) for count in self.size.scenes)):
+                name = f'segment_{kind}_{count}'
+                record(folder / f'{name}.json', self.segment, config, folder / name, seed,
+                       checkpoint, count, settings)
 
     def epochs(self, row):
         return max(round(row.epochs * self.size.epochs), 1)
@@ -250,9 +265,10 @@ class Study:
                 labels += [sample.gt_label for sample in batch['data_samples']]
         return torch.cat(found, 1), torch.cat(labels).to(found[0].device)
 
-    def picture(self, row, path, num=8):
-        """Draw what the pretrained network of seed 0 expects next on test images."""
-        checkpoint = self.pretrain(row, self.work_dir / 'runs/NEPA_0', 0, self.chosen(row.pretrain))
+    def draw(self, row, num=8):
+        """Draw what the networks of seed 0 expect next on test images, and how they segment."""
+        runs, (*_, most) = self.work_dir / 'runs', self.size.scenes
+        checkpoint = self.pretrain(row, runs / 'NEPA_0', 0, self.chosen(row.pretrain))
         cfg = load_config(CONFIGS / 'pretrain.py', {f'{BACKBONE}init_cfg': dict(
             type='Pretrained', checkpoint=str(checkpoint), prefix='backbone.')})
         init_default_scope('mmpretrain')
@@ -261,7 +277,12 @@ class Study:
         bank, images = (next(iter(self.loader(split, count))) for split, count in (
             ('train', 500), ('test', num)))
         bank, images = (model.data_preprocessor(batch)['inputs'] for batch in (bank, images))
-        plot_predictions(model, bank, images, 'clothes', path)
+        plot_predictions(model, bank, images, 'clothes', self.work_dir / 'study_prediction.png')
+        plot_segmentation(self.work_dir / 'scenes', {
+            'prediction,\nwith pretraining': runs / f'NEPA_0/segment_tuned_{most}',
+            'prediction,\nwithout': runs / f'random-start_0/segment_tuned_{most}'},
+            f'Linear head, fine-tuned on {most} scenes of clothes',
+            self.work_dir / 'study_scenes.png')
 
     def finetune(self, row, folder, seed, checkpoint, labels, causal=False, trainable=False,
                  chosen=None):
@@ -294,6 +315,17 @@ class Study:
         labels = max(count for count in self.size.labels if count < self.size.bank)
         return self.classify('attentive', folder / f'attentive_{block}', labels, seed, checkpoint, {
             f'{BACKBONE}out_indices': block, f'{BACKBONE}compile_blocks': False})
+
+    def segment(self, config, folder, seed, checkpoint, scenes, settings):
+        """Train a segmentor on the first scenes; return mIoU on the validation scenes."""
+        settings = dict(settings, pretrained=checkpoint and str(checkpoint), num_scenes=scenes)
+        if self.size.iters:
+            settings['iters'] = self.size.iters
+        runner = train(CONFIGS / f'{config}.py', folder, {
+            'randomness.seed': seed, f'{BACKBONE}compile_blocks': False, **settings,
+            **{f'{split}_dataloader.dataset.data_root': str(self.work_dir / 'scenes')
+               for split in ('train', 'val')}})
+        return dict(miou=runner.message_hub.get_scalar('val/mIoU').current())
 
     def classify(self, config, folder, labels, seed, checkpoint, options):
         return dict(top1=train_on_few_labels(

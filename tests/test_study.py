@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from nepa_mm.apis import load_config
 
 from .conftest import REPO
-from .tiny_runs import load_tool
+from .tiny_runs import load_tool, options, run_train
 
+write_garment_scenes = load_tool('make_garment_scenes').write_garment_scenes
 study, steps, report = load_tool('study'), load_tool('study_steps'), load_tool('study_report')
 SIZE = steps.Size(images=256, bank=150, test=60, epochs=1, seeds=(1, 1), labels={100: 1}, few=100,
-                  lrs=(1e-3,), finetune_lrs=((1e-3, 0.75),))
+                  scenes=(8,), iters=2, lrs=(1e-3,), finetune_lrs=((1e-3, 0.75),))
 
 
 def write_idx(folder, name, images):
@@ -84,6 +85,7 @@ def test_a_short_study(data, tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'REPO', tmp_path)       # docs must not change
     small = steps.Study(tmp_path / 'study', data, SIZE)
     small.require_same_size()
+    write_garment_scenes(small.work_dir / 'scenes', 8, 8, data=data)
     said = []
     study.choose(Now(), small, said.append)
     chosen = json.loads((tmp_path / 'study/chosen.json').read_text())
@@ -98,7 +100,8 @@ def test_a_short_study(data, tmp_path, monkeypatch):
     found = report.Summary(records)
     assert set(found.steps('NEPA')) == {
         'pretrain', 'blocks', 'finetune_bidirectional_100', 'finetune_causal_100',
-        'finetune_trainable_100', 'attentive_best', 'attentive_last'}
+        'finetune_trainable_100', 'attentive_best', 'attentive_last', 'segment_frozen_8',
+        'segment_upernet_8', 'segment_tuned_8'}
     assert found.steps('MAE, random start').keys() == {'blocks', 'finetune_bidirectional_100'}
     assert found.steps('no shift')['pretrain'][0]['monitors']['copy_cosine'] > 0.9
     assert found.blocks('NEPA', 'knn').shape == (1, 4)
@@ -106,8 +109,6 @@ def test_a_short_study(data, tmp_path, monkeypatch):
     assert found.blocks('raw pixels', 'linear_100')[0, 0] > 90
 
     times = {path: path.stat().st_mtime_ns for path in small.work_dir.glob('runs/*/*.json')}
-    log, = (small.work_dir / 'runs/MAE_0/pretrain').glob('2*/*.log')
-    assert 'Pretraining: MAE with MAEViT' in log.read_text()
     missing = small.work_dir / 'runs/NEPA_0/finetune_causal_100.json'
     missing.unlink()
     for name, row in rows.items():
@@ -115,12 +116,21 @@ def test_a_short_study(data, tmp_path, monkeypatch):
     changed = [path for path in times if path.stat().st_mtime_ns != times[path]]
     assert changed == [missing]
 
-    small.picture(rows['NEPA'], small.work_dir / 'study_prediction.png')
+    small.draw(rows['NEPA'])
     report.write(small.work_dir)
     text = (small.work_dir / 'results.md').read_text()
     assert '| NEPA | causal |' in text and '| raw pixels | – |' in text
-    for picture in ('labels', 'blocks', 'curves', 'prediction'):
+    for picture in ('labels', 'blocks', 'curves', 'prediction', 'scenes'):
         assert min(Image.open(small.work_dir / f'study_{picture}.png').size) > 300
+
+
+def test_the_rival_is_trained_by_the_tool(data, tmp_path):
+    run_train([str(REPO / 'configs/fashion_mnist/pretrain_mae.py'), '--work-dir', str(tmp_path),
+               *options(f'train_dataloader.dataset.data_root={data}', 'train_cfg.max_epochs=1',
+                        'param_scheduler.end=1', 'train_dataloader.batch_size=150')])
+    log, = tmp_path.glob('2*/*.log')
+    assert 'Pretraining: MAE with MAEViT' in log.read_text()
+    assert (tmp_path / 'epoch_1.pth').exists()
 
 
 def test_equal_compute():

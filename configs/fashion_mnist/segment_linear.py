@@ -40,8 +40,9 @@ model = dict(
 train_dataloader = dict(dataset=dict(indices=num_scenes))
 optim_wrapper = dict(optimizer=dict(lr=lr))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=iters // 10),
-    dict(type='PolyLR', power=1.0, eta_min=0., by_epoch=False, begin=iters // 10, end=iters),
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=max(iters // 10, 1)),
+    dict(type='PolyLR', power=1.0, eta_min=0., by_epoch=False, begin=max(iters // 10, 1),
+         end=iters),
 ]
 train_cfg = dict(max_iters=iters, val_interval=iters)
 default_hooks = dict(checkpoint=dict(interval=iters))

@@ -64,8 +64,9 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(
     optimizer=dict(lr=lr), paramwise_cfg=dict(layer_decay_rate=layer_decay_rate))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=iters // 10),
-    dict(type='PolyLR', power=1.0, eta_min=0., by_epoch=False, begin=iters // 10, end=iters),
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=max(iters // 10, 1)),
+    dict(type='PolyLR', power=1.0, eta_min=0., by_epoch=False, begin=max(iters // 10, 1),
+         end=iters),
 ]
 train_cfg = dict(max_iters=iters, val_interval=iters)
 default_hooks = dict(checkpoint=dict(interval=iters))

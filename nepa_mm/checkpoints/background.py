@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from threading import Thread
+from threading import enumerate as all_threads
 
 from mmengine import dist
 from mmengine.runner import runner as mmengine_runner
@@ -34,6 +35,13 @@ class WriterThread(Thread):
         except Exception as error:
             self.error = error
             self.report(error)
+
+
+def join_writers() -> None:
+    """Wait for every writer of this process."""
+    for thread in all_threads():
+        if isinstance(thread, WriterThread):
+            thread.join()
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Checkpoints that are complete or absent, however writing them ends."""
 import os
-import threading
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -13,7 +12,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 
-from nepa_mm.checkpoints.background import WriterThread, deferred_saves
+from nepa_mm.checkpoints.background import WriterThread, deferred_saves, join_writers
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint, keep_file_names
 from nepa_mm.engine.hooks.non_finite_guard import NonFiniteGuardHook
 from nepa_mm.utils.files import atomic_write, lock_folder, remove_leftovers, survive_full_disk
@@ -95,9 +94,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if not isinstance(runner._train_loop, BaseLoop):
             return
         survive_full_disk(runner.visualizer, runner.logger)
-        for thread in threading.enumerate():    # of a run in this process that an error ended
-            if isinstance(thread, WriterThread):
-                thread.join()
+        join_writers()      # of a run in this process that an error ended
         folder = runner.work_dir
         if self.out_dir not in (None, folder):      # mmengine's rule
             folder = os.path.join(self.out_dir, os.path.basename(folder.rstrip(os.sep)))
