@@ -59,10 +59,8 @@ DEBIAN = Path('/usr/share/datasets/fashion-mnist')     # Debian's package datase
 FULL = Size(60000, 15000, 10000, 4, (3, 2), {100: 60, 1000: 20, 10000: 3, 60000: 1},
             lrs=(1.5e-3, 3e-3, 6e-3),
             finetune_lrs=tuple((lr, decay) for lr in (2e-3, 4e-3) for decay in (0.75, 1.)))
-QUICK = Size(5000, 3000, 2000, 4, (2, 2), {100: 40, 1000: 5}, scenes=(10, 30), iters=50, rows=(
-    'NEPA', 'random start', 'MAE', 'MAE, random start', 'full', 'no shift', 'no stop-gradient',
-    'raw pixels'))
-
+QUICK = Size(3000, 1500, 1000, 8, (2, 2), {300: 20}, few=300, scenes=(10,), iters=30, rows=(
+    'NEPA', 'random start', 'MAE', 'full', 'no shift', 'no stop-gradient', 'raw pixels'))
 
 BOTH = dict(labels='all', attention=('bidirectional', 'causal'), probe=True)
 MAE = dict(finetune='finetune_mae', labels='all')

@@ -1,7 +1,8 @@
 """The steps of study.py: pretraining, frozen features, fine-tuning, probes."""
+import contextlib
+import io
 import json
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def record(path, function, *args):
     if path.exists():
         return json.loads(path.read_text())
     begin = time.time()
-    result = function(*args)
+    with contextlib.redirect_stdout(io.StringIO()):     # logs go to files
+        result = function(*args)
     result['seconds'] = round(time.time() - begin, 1)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result))
@@ -255,7 +257,7 @@ class Study:
     def features(self, model, split, count):
         """Features (blocks, images, D) and labels of the first images of a split."""
         found, labels = [], []
-        with evaluating(model) if model else nullcontext(), torch.no_grad():
+        with evaluating(model) if model else contextlib.nullcontext(), torch.no_grad():
             for batch in self.loader(split, count):
                 if model is None:
                     found.append(batch['inputs'].flatten(1).float()[None].to(get_device()))
@@ -273,7 +275,8 @@ class Study:
             type='Pretrained', checkpoint=str(checkpoint), prefix='backbone.')})
         init_default_scope('mmpretrain')
         model = MODELS.build(cfg.model).eval()
-        model.init_weights()
+        with contextlib.redirect_stdout(io.StringIO()):
+            model.init_weights()
         bank, images = (next(iter(self.loader(split, count))) for split, count in (
             ('train', 500), ('test', num)))
         bank, images = (model.data_preprocessor(batch)['inputs'] for batch in (bank, images))

@@ -121,7 +121,7 @@ def test_command(data):
 def test_configs_train(name, settings, trained, data):
     """One step on two of four scenes, and a validation."""
     write_garment_scenes('scenes', 4, 3, data=data)
-    small = ('num_scenes=2', 'pretrained=None', 'iters=1', *settings,
+    small = ('num_scenes=2', 'pretrained=None', 'iters=2', *settings,
              'param_scheduler.0.end=1', 'train_dataloader.batch_size=2')
     roots = [f'{part}_dataloader.dataset.data_root=scenes' for part in ('train', 'val', 'test')]
     runner = run_train([str(CONFIGS / f'{name}.py'), '--work-dir', 'run', *options(*small, *roots)])
