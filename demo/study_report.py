@@ -309,6 +309,7 @@ def plot_blocks(summary, path):
     pixels = summary.blocks('raw pixels', summary.probe)
     if len(pixels):
         axes.axhline(pixels.mean(), color='#0f172a', linestyle=':', label='raw pixels')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel='block', ylabel='top-1 on test images, %',
              title=f'Linear probe with {summary.few:,} labels (bars: two standard errors)')
     axes.grid(alpha=0.3)

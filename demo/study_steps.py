@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
@@ -275,8 +276,8 @@ class Study:
             type='Pretrained', checkpoint=str(checkpoint), prefix='backbone.')})
         init_default_scope('mmpretrain')
         model = MODELS.build(cfg.model).eval()
-        with contextlib.redirect_stdout(io.StringIO()):
-            model.init_weights()
+        MMLogger.get_current_instance().setLevel('WARNING')
+        model.init_weights()
         bank, images = (next(iter(self.loader(split, count))) for split, count in (
             ('train', 500), ('test', num)))
         bank, images = (model.data_preprocessor(batch)['inputs'] for batch in (bank, images))

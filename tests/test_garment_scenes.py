@@ -125,7 +125,7 @@ def test_configs_train(name, settings, trained, data):
              'param_scheduler.0.end=1', 'train_dataloader.batch_size=2')
     roots = [f'{part}_dataloader.dataset.data_root=scenes' for part in ('train', 'val', 'test')]
     runner = run_train([str(CONFIGS / f'{name}.py'), '--work-dir', 'run', *options(*small, *roots)])
-    assert runner.iter == 1 and len(runner.train_dataloader.dataset) == 2
+    assert runner.iter == 2 and len(runner.train_dataloader.dataset) == 2
     assert 0 <= runner.message_hub.get_scalar('val/mIoU').current() <= 100
     groups = [n for n, p in runner.model.named_parameters() if p.requires_grad]
     assert any(n.startswith(trained) for n in groups)

@@ -12,7 +12,7 @@ _base_ = ['./pretrain.py']
 
 embed_dims = 128        # the encoder: width and number of blocks
 num_layers = 4
-lr = 1.5e-3             # at batch 128
+lr = 1e-3               # at batch 64
 
 model = dict(
     _delete_=True,
