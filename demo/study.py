@@ -24,6 +24,8 @@ def parse_args(argv=None):
     parser.add_argument('--jobs', type=int, help='processes at a time (default: one per core, or 2 '
                         'with a GPU)')
     args = parser.parse_args(argv)
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f'--jobs must be positive, got {args.jobs}.')
     args.work_dir = args.work_dir or Path('work_dirs', 'study_quick' if args.quick else 'study')
     return args
 
@@ -40,6 +42,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from urllib.error import URLError
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # one single-threaded process per core
 warnings.filterwarnings('ignore')
@@ -52,6 +55,7 @@ import study_report
 from common import claim_work_dir
 from make_garment_scenes import write_garment_scenes
 from nepa_mm.apis import user_errors
+from nepa_mm.datasets import FashionMNISTSubset
 from nepa_mm.utils.files import atomic_write
 from study_steps import BACKBONE, Row, Size, Study
 
@@ -131,6 +135,13 @@ def prepare_data(folder):
             with gzip.open(archive) as source, atomic_write(target) as temporary:
                 with open(temporary, 'wb') as file:
                     shutil.copyfileobj(source, file)
+    try:
+        FashionMNISTSubset(data_root=str(folder), split='test')
+    except URLError as error:
+        raise FileNotFoundError(
+            f'{folder} does not have the four files of Fashion-MNIST, and they cannot be downloaded '
+            f"({error.reason}); put them there, or install Debian's package "
+            'dataset-fashion-mnist.') from error
 
 
 def main(argv=None):
@@ -138,28 +149,31 @@ def main(argv=None):
     args = parse_args(argv)
     console, size = Console(file=sys.stdout), QUICK if args.quick else FULL
     claim_work_dir(args, 'study')
-    prepare_data(args.data)
     study = Study(args.work_dir.resolve(), args.data.resolve(), size)
     with user_errors():
         study.require_same_size()
-    jobs = args.jobs or 2 if torch.cuda.is_available() else os.cpu_count()
+        prepare_data(args.data)
+        write_garment_scenes(study.work_dir / 'scenes', size.scenes[-1], 2 * size.scenes[-1],
+                             data=study.data)
+    jobs = args.jobs or (2 if torch.cuda.is_available() else os.cpu_count())
     begin, rows = time.time(), size.rows or tuple(ROWS)
 
     def report(text):
         console.print(f'{(time.time() - begin) / 60:6.1f} min  {text}', soft_wrap=True,
                       highlight=False)
 
-    if not (study.work_dir / 'scenes').exists():
-        write_garment_scenes(study.work_dir / 'scenes', size.scenes[-1], 2 * size.scenes[-1],
-                             data=study.data)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn')) as pool:
         choose(pool, study, report)
         futures = {pool.submit(study.run, name, ROWS[name], seed): f'{name}, seed {seed}'
                    for seed in range(max(size.seeds)) for name in rows
                    if seed < size.seeds[ROWS[name].labels == 'few']}
-        for count, future in enumerate(as_completed(futures), 1):
-            future.result()
-            report(f'{count} of {len(futures)}: {futures[future]}')
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                future.result()
+                report(f'{count} of {len(futures)}: {futures[future]}')
+        except Exception:
+            pool.shutdown(wait=False, cancel_futures=True)      # rows that have not begun
+            raise
     study.draw(ROWS['NEPA'])
     study_report.write(study.work_dir, docs=not args.quick)
     report(f'Tables and pictures are in {args.work_dir}.')

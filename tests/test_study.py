@@ -1,4 +1,5 @@
 """`make study`: a very short one from end to end on made-up files, and what its tables say."""
+import gzip
 import json
 import logging
 from dataclasses import replace
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.registry import DATASETS, MODELS
+from mmpretrain.datasets import FashionMNIST
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -188,3 +190,29 @@ def test_text_goes_between_the_marks():
 def test_the_page_has_marks():
     page = (REPO / 'docs/results.md').read_text()
     assert '<!-- study -->\n\nfound\n<!-- end of study -->' in report.insert(page, 'found')
+
+
+def test_debian_package_is_unpacked(data, tmp_path, monkeypatch):
+    (tmp_path / 'debian').mkdir()
+    for file in data.iterdir():
+        (tmp_path / f'debian/{file.name}.gz').write_bytes(gzip.compress(file.read_bytes()))
+    monkeypatch.setattr(study, 'DEBIAN', tmp_path / 'debian')
+    study.prepare_data(tmp_path / 'unpacked')
+    for file in data.iterdir():
+        assert (tmp_path / 'unpacked' / file.name).read_bytes() == file.read_bytes()
+
+
+def test_says_where_the_images_must_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, 'DEBIAN', tmp_path / 'none')
+    monkeypatch.setattr(FashionMNIST, 'url_prefix', 'http://127.0.0.1:9/')     # nobody listens
+    with pytest.raises(SystemExit) as error:
+        study.main(['--quick', '--work-dir', str(tmp_path / 'w'), '--data', str(tmp_path / 'd')])
+    assert error.value.code == 2
+    assert 'd does not have the four files of Fashion-MNIST' in capsys.readouterr().err
+
+
+def test_jobs_must_be_positive(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.main(['--jobs', '0', '--work-dir', str(tmp_path / 'w')])
+    assert '--jobs must be positive, got 0' in capsys.readouterr().err
+    assert not (tmp_path / 'w').exists()
