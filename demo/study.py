@@ -139,8 +139,8 @@ def prepare_data(folder):
         FashionMNISTSubset(data_root=str(folder), split='test')
     except URLError as error:
         raise FileNotFoundError(
-            f'{folder} does not have the four files of Fashion-MNIST, and they cannot be downloaded '
-            f"({error.reason}); put them there, or install Debian's package "
+            f'{folder} does not have the four files of Fashion-MNIST, and they cannot be '
+            f"downloaded ({error.reason}); put them there, or install Debian's package "
             'dataset-fashion-mnist.') from error
 
 

@@ -2,6 +2,7 @@
 import gzip
 import json
 import logging
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -132,6 +133,17 @@ def test_the_rival_is_trained_by_the_tool(data, tmp_path):
     log, = tmp_path.glob('2*/*.log')
     assert 'Pretraining: MAE with MAEViT' in log.read_text()
     assert (tmp_path / 'epoch_1.pth').exists()
+
+
+def test_linear_probe_is_trained_by_the_tool(data, tmp_path):
+    run_train([str(REPO / 'configs/fashion_mnist/linear.py'), '--work-dir', str(tmp_path), *options(
+        f'train_dataloader.dataset.data_root={data}', f'val_dataloader.dataset.data_root={data}',
+        'train_dataloader.dataset.num_labels=100', 'model.backbone.init_cfg=None', 'block=0',
+        'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'param_scheduler.end=1')])
+    log, = tmp_path.glob('2*/*.log')
+    assert 'accuracy/top1' in log.read_text()
+    groups = re.findall('([0-9,]+) parameters in', log.read_text())
+    assert sorted(groups) == ['1,280', '10']      # the classifier alone is trained
 
 
 def test_equal_compute():
