@@ -45,6 +45,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from urllib.error import URLError
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # one single-threaded process per core
+os.environ.setdefault('TORCHDYNAMO_DISABLE', '1')   # on GPUs each small network would be compiled
 warnings.filterwarnings('ignore')
 
 import torch

@@ -27,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nepa_mm.apis import user_errors
+
 REPO = Path(__file__).resolve().parents[1]
 COLOURS = dict(zip(('NEPA', 'random start', 'MAE', 'MAE, equal compute', 'MAE, random start'),
                    ('#1d4ed8', '#78716c', '#d97706', '#be123c', '#a8a29e')))
@@ -106,6 +108,11 @@ class Summary:
         """The block chosen on held-out training images, by the mean over the seeds."""
         return int(self.blocks(row, 'held_out').mean(0).argmax())
 
+    def probed(self, row):
+        """Accuracies of a linear probe with few labels on the best block, one per seed."""
+        found = self.blocks(row, self.probe)
+        return found[:, self.best(row)] if len(found) else found
+
 
 def cell(values, digits=1):
     """Mean ± standard error, or a dash."""
@@ -119,17 +126,11 @@ def error(values):
     return np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
 
 
-def difference(better, other):
-    """Mean difference, its standard error, and what it says."""
-    gain, spread = np.mean(better) - np.mean(other), np.hypot(error(better), error(other))
-    return gain, spread
-
-
 def verdict(better, other, expected=1):
     """Cells of a difference: points ± standard error, and whether its sign is as expected."""
     if not len(better) or not len(other):
         return '–', '–'
-    gain, spread = difference(better, other)
+    gain, spread = np.mean(better) - np.mean(other), np.hypot(error(better), error(other))
     if np.isnan(spread):
         return f'{gain:+.1f}', 'one seed'
     answer = 'not resolved' if abs(gain) <= 2 * spread else 'yes' if gain * expected > 0 else 'no'
@@ -211,8 +212,7 @@ def ablations(summary):
             row, cell([run['loss'][-1] for run in runs], 3),
             *(cell([run['monitors'][name] for run in runs], 2)
               for name in ('lift', 'embedding_std')), ', '.join(sorted(warned)) or '–',
-            cell(summary.blocks(row, summary.probe)[:, summary.best(row)]),
-            cell(summary.tuned(row))])
+            cell(summary.probed(row)), cell(summary.tuned(row))])
     return table(['row', 'loss', 'lift', 'spread', 'warning', 'linear, best block',
                   'fine-tuned'], rows)
 
@@ -226,7 +226,7 @@ def claims(summary):
         rows.append([text, where, published, points, answer])
     if len(summary.blocks('NEPA', summary.probe)):
         found = summary.blocks('NEPA', summary.probe)
-        points, answer = verdict(found[:, summary.best('NEPA')], found[:, -1])
+        points, answer = verdict(summary.probed('NEPA'), found[:, -1])
         rows.append([f'An inner block beats the last one (linear probe, {summary.few:,} labels)',
                      '6', '–', points, answer])
     return table(['claim', 'table', 'published', 'here', 'reproduced'], rows)
@@ -234,8 +234,7 @@ def claims(summary):
 
 def scaling(summary):
     rows = [[title, cell([run['loss'][-1] for run in summary.steps(row)['pretrain']], 3),
-             cell(summary.blocks(row, summary.probe)[:, summary.best(row)]),
-             cell(summary.tuned(row))]
+             cell(summary.probed(row)), cell(summary.tuned(row))]
             for row, title in SCALING if 'pretrain' in summary.steps(row)]
     return table(['pretraining', 'loss', 'linear, best block', 'fine-tuned'], rows)
 
@@ -251,8 +250,9 @@ def render(records):
                        for name, value in summary.chosen.items())
     parts = [
         f'Pretraining reads {epochs["images"]:,} images {epochs["epochs"]} times. Measured on '
-        f'{devices} with torch {versions}. ± is the standard error over '
-        f'{len(summary.steps("NEPA")["pretrain"])} seeds.',
+        f'{devices} with torch {versions}. ± is the standard error, over '
+        f'{len(summary.steps("NEPA")["pretrain"])} seeds, or {len(summary.steps("full")["pretrain"])} '
+        'in the ablations and the scaling.',
         f'Learning rates were chosen on held-out training images ({chosen}).' * bool(chosen),
         '### Fine-tuning', 'Top-1 in percent on the test images:', fine_tuning(summary),
         '![Accuracy by number of labels](../resources/study_labels.png)',
@@ -260,7 +260,7 @@ def render(records):
         'Blocks count from 0; the best one was chosen on held-out training images.',
         frozen(summary), attentive(summary),
         '![Accuracy of each block](../resources/study_blocks.png)',
-        '### Segmentation', 'mIoU in percent on scenes of clothes that nobody has trained on:',
+        '### Segmentation', 'mIoU in percent on validation scenes of clothes:',
         segmentation(summary),
         '![Segmented scenes](../resources/study_scenes.png)',
         '### The ablations of the paper',
@@ -355,7 +355,11 @@ def plot_curves(summary, path):
 
 def write(work_dir, docs=False):
     """Write tables and pictures of a study; with ``docs``, those of docs/results.md, too."""
-    work_dir, records = Path(work_dir), collect(work_dir)
+    work_dir = Path(work_dir)
+    if not any(work_dir.glob('runs/NEPA_*/pretrain.json')):
+        raise FileNotFoundError(f'{work_dir} holds no study with a finished pretraining of NEPA; run '
+                                'study.py first.')
+    records = collect(work_dir)
     text, summary = render(records), Summary(records)
     (work_dir / 'results.md').write_text(text)
     (work_dir / 'results.json').write_text(json.dumps(records))
@@ -379,7 +383,8 @@ def insert(page, text):
 def main(argv=None):
     """Run the tool with ``argv`` (default: the command line)."""
     args = parse_args(argv)
-    write(args.work_dir, args.docs)
+    with user_errors():
+        write(args.work_dir, args.docs)
 
 
 if __name__ == '__main__':

@@ -94,6 +94,11 @@ class Row:
         return f'{self.finetune}, {self.pretrain and "pretrained" or "random"}'
 
 
+def network_options(row):
+    """Options of a row that change the network."""
+    return {key: value for key, value in row.options.items() if key.startswith(BACKBONE)}
+
+
 def record(path, function, *args):
     """Return the record of a step, from its file or by running the step."""
     if path.exists():
@@ -181,7 +186,6 @@ class Study:
             'default_hooks.checkpoint.interval': max(epochs // 5, 1), 'randomness.seed': seed,
             'train_dataloader.dataset.data_root': str(self.data),
             'train_dataloader.dataset.indices': self.size.images,
-            **({'model.backbone.compile_blocks': False} if row.pretrain == 'pretrain' else {}),
             **({'optim_wrapper.optimizer.lr': lr} if lr else {}), **row.options}, resume=True)
         scalars = runner.message_hub.log_scalars
         losses = np.asarray(scalars['train/loss'].data[0])
@@ -230,9 +234,7 @@ class Study:
     def network(self, row, checkpoint, seed):
         """A network that returns the mean over the patches behind every block."""
         config = 'pretrain_mae' if row.finetune == 'finetune_mae' else 'pretrain'
-        cfg = load_config(CONFIGS / f'{config}.py', {
-            **{key: value for key, value in row.options.items() if key.startswith(BACKBONE)},
-            **({'model.backbone.compile_blocks': False} if config == 'pretrain' else {})})
+        cfg = load_config(CONFIGS / f'{config}.py', network_options(row))
         backbone = cfg.model.backbone
         if backbone.type == 'MAEViT':
             backbone.pop('mask_ratio')
@@ -295,14 +297,14 @@ class Study:
         With ``chosen``, a pair of learning rate and layer decay, the result is that on held-out
         training images.
         """
-        options = {key: value for key, value in row.options.items() if key.startswith(BACKBONE)}
+        options = network_options(row)
         if chosen:
             options |= {'train_dataloader.dataset.num_labels': None,
                         'train_dataloader.dataset.indices': labels,
                         'val_dataloader.dataset.split': 'train',
                         'val_dataloader.dataset.indices': -(self.size.bank // HELD_OUT)}
         if row.finetune == 'finetune':
-            options |= {f'{BACKBONE}causal': causal, f'{BACKBONE}compile_blocks': False}
+            options[f'{BACKBONE}causal'] = causal
             if trainable or not checkpoint:
                 options[f'{BACKBONE}frozen_stages'] = -1
         if f'{BACKBONE}arch.embed_dims' in options:
@@ -318,7 +320,7 @@ class Study:
         """Train an attentive probe on a frozen network."""
         labels = max(count for count in self.size.labels if count < self.size.bank)
         return self.classify('attentive', folder / f'attentive_{block}', labels, seed, checkpoint, {
-            f'{BACKBONE}out_indices': block, f'{BACKBONE}compile_blocks': False})
+            f'{BACKBONE}out_indices': block})
 
     def segment(self, config, folder, seed, checkpoint, scenes, settings):
         """Train a segmentor on the first scenes; return mIoU on the validation scenes."""
@@ -326,7 +328,7 @@ class Study:
         if self.size.iters:
             settings['iters'] = self.size.iters
         runner = train(CONFIGS / f'{config}.py', folder, {
-            'randomness.seed': seed, f'{BACKBONE}compile_blocks': False, **settings,
+            'randomness.seed': seed, **settings,
             **{f'{split}_dataloader.dataset.data_root': str(self.work_dir / 'scenes')
                for split in ('train', 'val')}})
         return dict(miou=runner.message_hub.get_scalar('val/mIoU').current())

@@ -257,7 +257,7 @@ def test_records_of_all_configs_are_built():
             if 'module' in cfg['model']:        # for tests only; trains nothing
                 assert cfg['model']['type'] == 'SegTTAModel'
                 continue
-            if file.stem.endswith('_mae'):      # the rival's network is mmpretrain's
+            if file.stem.endswith('_mae'):      # the baseline's network is mmpretrain's
                 with pytest.raises(ValueError, match='is not built from a record'):
                     check_types(cfg['model'], file.name, cfg.get('default_scope'))
                 continue

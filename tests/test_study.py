@@ -82,9 +82,8 @@ def test_a_folder_holds_one_size(data, tmp_path):
         steps.Study(tmp_path, data, replace(SIZE, seeds=(2, 1))).require_same_size()
 
 
-def test_a_short_study(data, tmp_path, monkeypatch):
+def test_a_short_study(data, tmp_path):
     """Every kind of step runs; a second call runs what is missing, and nothing else."""
-    monkeypatch.setattr(report, 'REPO', tmp_path)       # docs must not change
     small = steps.Study(tmp_path / 'study', data, SIZE)
     small.require_same_size()
     write_garment_scenes(small.work_dir / 'scenes', 8, 8, data=data)
@@ -95,7 +94,7 @@ def test_a_short_study(data, tmp_path, monkeypatch):
     assert 'finetune, pretrained: (0.001, 0.75)' in said[-1]
 
     rows = {name: study.ROWS[name] for name in (
-        'NEPA', 'random start', 'MAE', 'MAE, random start', 'no shift', 'raw pixels')}
+        'NEPA', 'random start', 'MAE', 'MAE, random start', 'full', 'no shift', 'raw pixels')}
     for name, row in rows.items():
         small.run(name, row, 0)
     records = report.collect(small.work_dir)
@@ -126,7 +125,7 @@ def test_a_short_study(data, tmp_path, monkeypatch):
         assert min(Image.open(small.work_dir / f'study_{picture}.png').size) > 300
 
 
-def test_the_rival_is_trained_by_the_tool(data, tmp_path):
+def test_the_baseline_is_trained_by_the_tool(data, tmp_path):
     run_train([str(REPO / 'configs/fashion_mnist/pretrain_mae.py'), '--work-dir', str(tmp_path),
                *options(f'train_dataloader.dataset.data_root={data}', 'train_cfg.max_epochs=1',
                         'param_scheduler.end=1', 'train_dataloader.batch_size=150')])
@@ -228,3 +227,9 @@ def test_jobs_must_be_positive(tmp_path, capsys):
         study.main(['--jobs', '0', '--work-dir', str(tmp_path / 'w')])
     assert '--jobs must be positive, got 0' in capsys.readouterr().err
     assert not (tmp_path / 'w').exists()
+
+
+def test_report_of_an_empty_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        report.main([str(tmp_path)])
+    assert error.value.code == 2 and 'holds no study with a finished' in capsys.readouterr().err

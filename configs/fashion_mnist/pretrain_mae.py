@@ -1,4 +1,4 @@
-"""MAE, of mmpretrain, on Fashion-MNIST: the rival of pretrain.py with an encoder of the same size.
+"""MAE, of mmpretrain, on Fashion-MNIST: the baseline beside pretrain.py, same size.
 
 Paper:    arXiv 2111.06377.
 Command:  python tools/train.py configs/fashion_mnist/pretrain_mae.py

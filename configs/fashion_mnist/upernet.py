@@ -7,7 +7,7 @@ From scratch, with the same recipe:  pretrained=None
 ADE20K's recipe with the small network on scenes of 56 pixels: attention is bidirectional, the patch
 embedding is frozen (trained from scratch), layer decay is 0.65. The decoder is narrow (48 channels
 on a network of 128), and the pyramid starts at twice the resolution of the patches. Scenes are
-mirrored at random. At this learning rate two seeds differed by 8 mIoU: run several.
+mirrored at random. Seeds differ widely at this learning rate: run several.
 """
 _base_ = ['../demo/digits_upernet.py']
 
