@@ -3,8 +3,8 @@
     python demo/make_garment_scenes.py [--out data/garment_scenes] [--train 100] [--val 100]
                                        [--seed 0] [--data data/fashion_mnist]
 
-The clothes are those of Fashion-MNIST. This is the data of configs/fashion_mnist/upernet.py and
-segment_linear.py; see :func:`garment_scene` for the labels.
+The clothes are those of Fashion-MNIST. This is the data of fashion_upernet.py and
+fashion_segment_linear.py in configs/fashion_mnist; see :func:`garment_scene` for the labels.
 """
 from common import scene_parser
 

@@ -251,8 +251,8 @@ def render(records):
     parts = [
         f'Pretraining reads {epochs["images"]:,} images {epochs["epochs"]} times. Measured on '
         f'{devices} with torch {versions}. ± is the standard error, over '
-        f'{len(summary.steps("NEPA")["pretrain"])} seeds, or {len(summary.steps("full")["pretrain"])} '
-        'in the ablations and the scaling.',
+        f'{len(summary.steps("NEPA")["pretrain"])} seeds, or '
+        f'{len(summary.steps("full")["pretrain"])} in the ablations and the scaling.',
         f'Learning rates were chosen on held-out training images ({chosen}).' * bool(chosen),
         '### Fine-tuning', 'Top-1 in percent on the test images:', fine_tuning(summary),
         '![Accuracy by number of labels](../resources/study_labels.png)',
@@ -357,8 +357,8 @@ def write(work_dir, docs=False):
     """Write tables and pictures of a study; with ``docs``, those of docs/results.md, too."""
     work_dir = Path(work_dir)
     if not any(work_dir.glob('runs/NEPA_*/pretrain.json')):
-        raise FileNotFoundError(f'{work_dir} holds no study with a finished pretraining of NEPA; run '
-                                'study.py first.')
+        raise FileNotFoundError(f'{work_dir} holds no study with a finished pretraining of NEPA; '
+                                'run study.py first.')
     records = collect(work_dir)
     text, summary = render(records), Summary(records)
     (work_dir / 'results.md').write_text(text)

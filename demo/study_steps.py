@@ -181,7 +181,7 @@ class Study:
         return folder / 'pretrain' / f'epoch_{epochs}.pth'
 
     def _pretrain(self, row, folder, seed, epochs, lr):
-        runner = train(CONFIGS / f'{row.pretrain}.py', folder / 'pretrain', {
+        runner = train(CONFIGS / f'fashion_{row.pretrain}.py', folder / 'pretrain', {
             'train_cfg.max_epochs': epochs, 'param_scheduler.end': epochs,
             'default_hooks.checkpoint.interval': max(epochs // 5, 1), 'randomness.seed': seed,
             'train_dataloader.dataset.data_root': str(self.data),
@@ -234,7 +234,7 @@ class Study:
     def network(self, row, checkpoint, seed):
         """A network that returns the mean over the patches behind every block."""
         config = 'pretrain_mae' if row.finetune == 'finetune_mae' else 'pretrain'
-        cfg = load_config(CONFIGS / f'{config}.py', network_options(row))
+        cfg = load_config(CONFIGS / f'fashion_{config}.py', network_options(row))
         backbone = cfg.model.backbone
         if backbone.type == 'MAEViT':
             backbone.pop('mask_ratio')
@@ -274,7 +274,7 @@ class Study:
         """Draw what the networks of seed 0 expect next on test images, and how they segment."""
         runs, (*_, most) = self.work_dir / 'runs', self.size.scenes
         checkpoint = self.pretrain(row, runs / 'NEPA_0', 0, self.chosen(row.pretrain))
-        cfg = load_config(CONFIGS / 'pretrain.py', {f'{BACKBONE}init_cfg': dict(
+        cfg = load_config(CONFIGS / 'fashion_pretrain.py', {f'{BACKBONE}init_cfg': dict(
             type='Pretrained', checkpoint=str(checkpoint), prefix='backbone.')})
         init_default_scope('mmpretrain')
         model = MODELS.build(cfg.model).eval()
@@ -327,15 +327,16 @@ class Study:
         settings = dict(settings, pretrained=checkpoint and str(checkpoint), num_scenes=scenes)
         if self.size.iters:
             settings['iters'] = self.size.iters
-        runner = train(CONFIGS / f'{config}.py', folder, {
+        runner = train(CONFIGS / f'fashion_{config}.py', folder, {
             'randomness.seed': seed, **settings,
             **{f'{split}_dataloader.dataset.data_root': str(self.work_dir / 'scenes')
                for split in ('train', 'val')}})
         return dict(miou=runner.message_hub.get_scalar('val/mIoU').current())
 
     def classify(self, config, folder, labels, seed, checkpoint, options):
+        epochs = self.size.labels[labels]
         return dict(top1=train_on_few_labels(
-            CONFIGS / f'{config}.py', folder, labels, self.size.labels[labels], seed, checkpoint, {
+            CONFIGS / f'fashion_{config}.py', folder, labels, epochs, seed, checkpoint, {
                 'train_dataloader.dataset.data_root': str(self.data),
                 'val_dataloader.dataset.data_root': str(self.data),
                 'val_dataloader.dataset.indices': self.size.test, **options}))

@@ -51,7 +51,7 @@ def test_splits_read_their_own_files(extra, data):
 def test_classifiers_are_scored_on_test_images(name, data):
     labels = Path(data, 't10k-labels-idx1-ubyte')
     labels.write_bytes(labels.read_bytes()[:8] + bytes([9] * 20))
-    cfg = Config.fromfile(CONFIGS / f'{name}.py').val_dataloader.dataset
+    cfg = Config.fromfile(CONFIGS / f'fashion_{name}.py').val_dataloader.dataset
     dataset = DATASETS.build({**cfg, 'data_root': data})
     assert {int(dataset.get_data_info(i)['gt_label']) for i in range(20)} == {9}
 
@@ -124,7 +124,8 @@ def test_configs_train(name, settings, trained, data):
     small = ('num_scenes=2', 'pretrained=None', 'iters=2', *settings,
              'param_scheduler.0.end=1', 'train_dataloader.batch_size=2')
     roots = [f'{part}_dataloader.dataset.data_root=scenes' for part in ('train', 'val', 'test')]
-    runner = run_train([str(CONFIGS / f'{name}.py'), '--work-dir', 'run', *options(*small, *roots)])
+    runner = run_train([str(CONFIGS / f'fashion_{name}.py'), '--work-dir', 'run',
+                        *options(*small, *roots)])
     assert runner.iter == 2 and len(runner.train_dataloader.dataset) == 2
     assert 0 <= runner.message_hub.get_scalar('val/mIoU').current() <= 100
     groups = [n for n, p in runner.model.named_parameters() if p.requires_grad]
@@ -135,12 +136,13 @@ def test_configs_train(name, settings, trained, data):
 
 @pytest.mark.parametrize('name', ['segment_linear', 'upernet'])
 def test_classes_and_settings(name):
-    cfg = Config.fromfile(CONFIGS / f'{name}.py')
+    cfg = Config.fromfile(CONFIGS / f'fashion_{name}.py')
     letters = [re.sub('[^a-z]', '', text.lower()) for text in FashionMNIST.METAINFO['classes']]
     classes = cfg.val_dataloader.dataset.metainfo.classes
     assert [re.sub('[^a-z]', '', text.lower()) for text in classes[1:]] == letters
     assert cfg.model.backbone.causal == (name == 'segment_linear')
-    wanted, found = Config.fromfile(CONFIGS / 'pretrain.py').model.backbone, cfg.model.backbone
+    wanted = Config.fromfile(CONFIGS / 'fashion_pretrain.py').model.backbone
+    found = cfg.model.backbone
     assert {**wanted.arch, '_delete_': True} == {**found.arch, '_delete_': True}
     for key in ('patch_size', 'in_channels', 'layer_scale_init_value'):
         assert wanted[key] == found[key]

@@ -21,6 +21,7 @@ from .tiny_runs import load_tool, options, run_train
 
 write_garment_scenes = load_tool('make_garment_scenes').write_garment_scenes
 study, steps, report = load_tool('study'), load_tool('study_steps'), load_tool('study_report')
+CONFIGS = REPO / 'configs/fashion_mnist'
 SIZE = steps.Size(images=256, bank=150, test=60, epochs=1, seeds=(1, 1), labels={100: 1}, few=100,
                   scenes=(8,), iters=2, lrs=(1e-3,), finetune_lrs=((1e-3, 0.75),))
 
@@ -126,16 +127,16 @@ def test_a_short_study(data, tmp_path):
 
 
 def test_the_baseline_is_trained_by_the_tool(data, tmp_path):
-    run_train([str(REPO / 'configs/fashion_mnist/pretrain_mae.py'), '--work-dir', str(tmp_path),
-               *options(f'train_dataloader.dataset.data_root={data}', 'train_cfg.max_epochs=1',
-                        'param_scheduler.end=1', 'train_dataloader.batch_size=150')])
+    run_train([str(CONFIGS / 'fashion_pretrain_mae.py'), '--work-dir', str(tmp_path), *options(
+        f'train_dataloader.dataset.data_root={data}', 'train_cfg.max_epochs=1',
+        'param_scheduler.end=1', 'train_dataloader.batch_size=150')])
     log, = tmp_path.glob('2*/*.log')
     assert 'Pretraining: MAE with MAEViT' in log.read_text()
     assert (tmp_path / 'epoch_1.pth').exists()
 
 
 def test_linear_probe_is_trained_by_the_tool(data, tmp_path):
-    run_train([str(REPO / 'configs/fashion_mnist/linear.py'), '--work-dir', str(tmp_path), *options(
+    run_train([str(CONFIGS / 'fashion_linear.py'), '--work-dir', str(tmp_path), *options(
         f'train_dataloader.dataset.data_root={data}', f'val_dataloader.dataset.data_root={data}',
         'train_dataloader.dataset.num_labels=100', 'model.backbone.init_cfg=None', 'block=0',
         'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'param_scheduler.end=1')])
@@ -149,7 +150,7 @@ def test_equal_compute():
     """MAE_COMPUTE is the ratio of the counted multiply-adds of both trainings."""
     flops = []
     for name in ('pretrain', 'pretrain_mae'):
-        cfg = load_config(REPO / 'configs/fashion_mnist' / f'{name}.py')
+        cfg = load_config(CONFIGS / f'fashion_{name}.py')
         model = MODELS.build(dict(cfg.model, _scope_='mmpretrain'))
         logging.disable(logging.INFO)
         model.init_weights()

@@ -1,6 +1,6 @@
 """NEPA on the 60,000 training images of Fashion-MNIST: the pretraining of `make study`.
 
-Command:  python tools/train.py configs/fashion_mnist/pretrain.py
+Command:  python tools/train.py configs/fashion_mnist/fashion_pretrain.py
 
 ImageNet's recipe with a network of 0.8 M parameters on grey images of 28 x 28 pixels in 7 x 7
 patches of 4 pixels. mmpretrain's FashionMNIST downloads 31 MB to data_root. Differences, for a run

@@ -1,14 +1,14 @@
-"""MAE, of mmpretrain, on Fashion-MNIST: the baseline beside pretrain.py, same size.
+"""MAE, of mmpretrain, on Fashion-MNIST: the baseline beside fashion_pretrain.py, same size.
 
 Paper:    arXiv 2111.06377.
-Command:  python tools/train.py configs/fashion_mnist/pretrain_mae.py
+Command:  python tools/train.py configs/fashion_mnist/fashion_pretrain_mae.py
 
 Network, mask, loss and optimizer are those of mmpretrain's mae_vit-base-p16; the decoder is as
 large in proportion to the encoder: two thirds of its width and depth, rounded to whole heads and
 blocks. Data, batch, warmup, EMA
-and epochs are those of pretrain.py.
+and epochs are those of fashion_pretrain.py.
 """
-_base_ = ['./pretrain.py']
+_base_ = ['./fashion_pretrain.py']
 
 embed_dims = 128        # the encoder: width and number of blocks
 num_layers = 4

@@ -1,11 +1,11 @@
 """Linear probe on Fashion-MNIST: a classifier on frozen features of one block.
 
-Command:  python tools/train.py configs/fashion_mnist/linear.py --cfg-options block=1
+Command:  python tools/train.py configs/fashion_mnist/fashion_linear.py --cfg-options block=1
 
 Reads the mean of the patches behind the causal mask of pretraining. The last block's output is
 trained to resemble the next patch's embedding and is shallow by construction (paper, Table 6).
 """
-_base_ = ['./finetune.py']
+_base_ = ['./fashion_finetune.py']
 
 block = 1               # whose output is read, from 0
 

@@ -1,7 +1,8 @@
 """Linear segmentation probe on scenes of clothes: a 1 x 1 convolution on frozen features.
 
 Data:     python demo/make_garment_scenes.py --val 200
-Command:  python tools/train.py configs/fashion_mnist/segment_linear.py --cfg-options block=3
+Command:  python tools/train.py configs/fashion_mnist/fashion_segment_linear.py \
+              --cfg-options block=3
 With a random network:  pretrained=None
 Fine-tuned:  frozen_stages=0 causal=False lr=2e-3; from scratch pretrained=None frozen_stages=-1
 
@@ -9,9 +10,9 @@ Batch normalisation and the convolution read one block. The last block's output 
 resemble the next patch's embedding and is shallow by construction (paper, Table 6). The causal mask
 stays on: the frozen weights were trained with it.
 """
-_base_ = ['./upernet.py']
+_base_ = ['./fashion_upernet.py']
 
-pretrained = 'work_dirs/pretrain/epoch_4.pth'
+pretrained = 'work_dirs/fashion_pretrain/epoch_4.pth'
 num_scenes = 100        # the first ones
 block = 2               # whose output is read, from 0
 causal = True

@@ -1,6 +1,6 @@
-"""Fine-tuning on Fashion-MNIST with few labels or all, from the checkpoint of pretrain.py.
+"""Fine-tuning on Fashion-MNIST with few labels or all, from the checkpoint of fashion_pretrain.py.
 
-Command:  python tools/train.py configs/fashion_mnist/finetune.py \
+Command:  python tools/train.py configs/fashion_mnist/fashion_finetune.py \
               --cfg-options num_labels=1000 epochs=20
 From scratch, with the same recipe:  pretrained=None
 
@@ -15,7 +15,7 @@ _base_ = [
 ]
 
 data_root = 'data/fashion_mnist'
-pretrained = 'work_dirs/pretrain/epoch_4.pth'
+pretrained = 'work_dirs/fashion_pretrain/epoch_4.pth'
 num_labels = 1000
 label_seed = 0          # selects the labelled images
 causal = False

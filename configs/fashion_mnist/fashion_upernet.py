@@ -1,7 +1,7 @@
-"""UPerNet on scenes of clothes, from the checkpoint of pretrain.py.
+"""UPerNet on scenes of clothes, from the checkpoint of fashion_pretrain.py.
 
 Data:     python demo/make_garment_scenes.py --val 200
-Command:  python tools/train.py configs/fashion_mnist/upernet.py --cfg-options num_scenes=30
+Command:  python tools/train.py configs/fashion_mnist/fashion_upernet.py --cfg-options num_scenes=30
 From scratch, with the same recipe:  pretrained=None
 
 ADE20K's recipe with the small network on scenes of 56 pixels: attention is bidirectional, the patch
@@ -12,7 +12,7 @@ mirrored at random. Seeds differ widely at this learning rate: run several.
 _base_ = ['../demo/digits_upernet.py']
 
 data_root = 'data/garment_scenes'
-pretrained = 'work_dirs/pretrain/epoch_4.pth'
+pretrained = 'work_dirs/fashion_pretrain/epoch_4.pth'
 num_scenes = 100        # the first ones
 causal = False
 embed_dims = 128

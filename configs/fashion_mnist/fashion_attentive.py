@@ -1,8 +1,8 @@
 """Attentive probe on Fashion-MNIST: attention pooling on frozen tokens of one block.
 
-Command:  python tools/train.py configs/fashion_mnist/attentive.py --cfg-options block=3
+Command:  python tools/train.py configs/fashion_mnist/fashion_attentive.py --cfg-options block=3
 """
-_base_ = ['./linear.py']
+_base_ = ['./fashion_linear.py']
 
 block = 3               # whose output is read, from 0
 

@@ -1,11 +1,11 @@
-"""Fine-tuning of MAE on Fashion-MNIST: the recipe of finetune.py for mmpretrain's ViT.
+"""Fine-tuning of MAE on Fashion-MNIST: the recipe of fashion_finetune.py for mmpretrain's ViT.
 
-Command:  python tools/train.py configs/fashion_mnist/finetune_mae.py
+Command:  python tools/train.py configs/fashion_mnist/fashion_finetune_mae.py
 From scratch, with the same recipe:  --cfg-options model.backbone.init_cfg=None
 
 As in mmpretrain's recipe for MAE the network reads the mean of the patches, and nothing is frozen.
 """
-_base_ = ['./finetune.py']
+_base_ = ['./fashion_finetune.py']
 
 model = dict(
     backbone=dict(
@@ -19,5 +19,5 @@ model = dict(
         out_type='avg_featmap',
         final_norm=False,
         init_cfg=dict(
-            type='Pretrained', checkpoint='work_dirs/pretrain_mae/epoch_4.pth',
+            type='Pretrained', checkpoint='work_dirs/fashion_pretrain_mae/epoch_4.pth',
             prefix='backbone.')))
