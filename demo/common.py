@@ -1,6 +1,9 @@
-"""Command lines and small runs of the demos."""
+"""Command lines, processes and small runs of the demos."""
 import contextlib
 import io
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from nepa_mm_cli import tool_parser
@@ -52,6 +55,19 @@ def claim_work_dir(args, name):
     from nepa_mm.utils.outputs import claim_folder
     with user_errors():
         claim_folder(args.work_dir, f'.nepa_mm_{name}')
+
+
+def process_pool(jobs=None):
+    """Return a pool of ``jobs`` single-threaded processes (default: one per core)."""
+    return ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context('spawn'),
+                               prepare_process)
+
+
+def prepare_process():
+    """Use one thread, and compile nothing: the networks of the demos are small and many."""
+    import torch
+    torch.set_num_threads(1)
+    torch.compiler.set_stance('force_eager')
 
 
 def train(config, work_dir, options, hook=None, resume=False):

@@ -17,16 +17,12 @@ if __name__ == '__main__':
     parse_args()    # before the slow imports
 
 import json
-import multiprocessing
-import os
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')   # one single-threaded process per core
 warnings.filterwarnings('ignore')
 
 import numpy as np
@@ -40,7 +36,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import nepa_mm  # noqa: F401
-from common import claim_work_dir, train, train_on_few_labels
+from common import claim_work_dir, process_pool, train, train_on_few_labels
 from make_digit_scenes import write_digit_scenes
 from nepa_mm.apis import load_config
 from nepa_mm.checkpoints.loading import load_pretrained
@@ -81,7 +77,6 @@ class ProgressHook(Hook):
 
 def classify(config, labels, start, seed, work_dir, checkpoint):
     """Train with few labels in a separate process; return top-1 in percent."""
-    torch.set_num_threads(1)
     return train_on_few_labels(
         CONFIGS / f'{config}.py', Path(work_dir) / f'{config}_{labels}_{start}_{seed}', labels,
         LABELS[labels], seed, checkpoint if start == 'pretrained' else None)
@@ -89,7 +84,6 @@ def classify(config, labels, start, seed, work_dir, checkpoint):
 
 def segment(start, seed, work_dir, checkpoint):
     """Train UPerNet on the scenes in a separate process; return mIoU in percent."""
-    torch.set_num_threads(1)
     options = {
         'randomness.seed': seed, 'train_cfg.max_iters': ITERS, 'train_cfg.val_interval': ITERS,
         'default_hooks.checkpoint.interval': ITERS,
@@ -121,8 +115,7 @@ def compare(jobs, work_dir, checkpoint, seeds):
     Returns:
         dict[str, dict[str, list]]: Results by name and start, one per seed.
     """
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with process_pool() as pool:
         futures = {(name, start): [pool.submit(job, start, seed, work_dir, checkpoint)
                                    for seed in range(seeds)]
                    for name, job in jobs.items() for start in STARTS}

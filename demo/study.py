@@ -35,17 +35,13 @@ if __name__ == '__main__':
 
 import gzip
 import json
-import multiprocessing
-import os
 import shutil
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from urllib.error import URLError
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')   # one single-threaded process per core
-os.environ.setdefault('TORCHDYNAMO_DISABLE', '1')   # on GPUs each small network would be compiled
 warnings.filterwarnings('ignore')
 
 import torch
@@ -53,7 +49,7 @@ from rich.console import Console
 
 import nepa_mm  # noqa: F401
 import study_report
-from common import claim_work_dir
+from common import claim_work_dir, process_pool
 from make_garment_scenes import write_garment_scenes
 from nepa_mm.apis import user_errors
 from nepa_mm.datasets import FashionMNISTSubset
@@ -61,14 +57,14 @@ from nepa_mm.utils.files import atomic_write
 from study_steps import BACKBONE, Row, Size, Study
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')     # Debian's package dataset-fashion-mnist
-FULL = Size(60000, 15000, 10000, 4, (3, 2), {100: 60, 1000: 20, 10000: 3, 60000: 1},
+FULL = Size(60000, 15000, 10000, 4, (3, 2), {100: 60, 1000: 15, 10000: 3, 60000: 1},
             lrs=(1e-3, 2e-3, 4e-3),
             finetune_lrs=tuple((lr, decay) for lr in (1e-3, 3e-3) for decay in (0.75, 1.)))
 QUICK = Size(3000, 1500, 1000, 8, (2, 2), {300: 20}, few=300, scenes=(10,), iters=30, rows=(
     'NEPA', 'random start', 'MAE', 'full', 'no shift', 'no stop-gradient', 'raw pixels'))
 
 BOTH = dict(labels='all', attention=('bidirectional', 'causal'), probe=True)
-MAE = dict(finetune='finetune_mae', labels='all')
+MAE = dict(finetune='finetune_mae')
 LS = {f'{BACKBONE}{name}': value for name, value in dict(
     rope_theta=None, use_abs_pos_emb=True, qk_norm=None).items()}
 PLAIN = {**LS, f'{BACKBONE}layer_scale_init_value': None}
@@ -84,9 +80,9 @@ def width(dims):
 ROWS = {
     'NEPA': Row(epochs=1, trainable=True, **BOTH),
     'random start': Row(None, **BOTH),
-    'MAE': Row('pretrain_mae', epochs=1, **MAE),
+    'MAE': Row('pretrain_mae', epochs=1, labels='all', **MAE),
     'MAE, equal compute': Row('pretrain_mae', epochs=MAE_COMPUTE, **MAE),
-    'MAE, random start': Row(None, **MAE),
+    'MAE, random start': Row(None, labels='all', **MAE),
     'full': Row(attention=('bidirectional', 'causal')),
     'no causal mask': Row(options={f'{BACKBONE}causal': False}),
     'no shift': Row(options={'model.head.shift': 0}),
@@ -156,18 +152,18 @@ def main(argv=None):
         prepare_data(args.data)
         write_garment_scenes(study.work_dir / 'scenes', size.scenes[-1], 2 * size.scenes[-1],
                              data=study.data)
-    jobs = args.jobs or (2 if torch.cuda.is_available() else os.cpu_count())
+    jobs = args.jobs or (2 if torch.cuda.is_available() else None)
     begin, rows = time.time(), size.rows or tuple(ROWS)
 
     def report(text):
         console.print(f'{(time.time() - begin) / 60:6.1f} min  {text}', soft_wrap=True,
                       highlight=False)
 
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn')) as pool:
+    with process_pool(jobs) as pool:
         choose(pool, study, report)
         futures = {pool.submit(study.run, name, ROWS[name], seed): f'{name}, seed {seed}'
                    for seed in range(max(size.seeds)) for name in rows
-                   if seed < size.seeds[ROWS[name].labels == 'few']}
+                   if seed < size.seeds[not ROWS[name].probe]}
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 future.result()

@@ -38,7 +38,7 @@ class Size:
         bank (int): Training images for frozen features.
         test (int): Test images.
         epochs (int): Epochs of the main pretrainings; rows have a multiple of it.
-        seeds (tuple[int, int]): Runs of rows with all numbers of labels, and of other rows.
+        seeds (tuple[int, int]): Runs of rows with probes, and of other rows.
         labels (dict[int, int]): Epochs of fine-tuning by number of labels.
         few (int): Number of labels of ablations, tuning and the choice of blocks.
         lrs (tuple[float]): Learning rates of pretraining to choose from.
@@ -140,7 +140,6 @@ class Study:
 
     def run(self, name, row, seed):
         """Run all steps of a row that are missing, with the chosen learning rates."""
-        torch.set_num_threads(1)
         folder = self.work_dir / 'runs' / f'{name.replace(",", "").replace(" ", "-")}_{seed}'
         checkpoint = self.pretrain(row, folder, seed, self.chosen(row.pretrain))
         blocks = record(folder / 'blocks.json', self.blocks, row, checkpoint, seed)
@@ -348,7 +347,6 @@ class Study:
 
     def try_lr(self, name, row, lr):
         """Score a learning rate of pretraining on held-out training images."""
-        torch.set_num_threads(1)
         folder = self.work_dir / 'tuning' / f'{name}_{lr:g}'
         checkpoint = self.pretrain(replace(row, epochs=0.25), folder, TUNING_SEED, lr)
         return max(record(folder / 'blocks.json', self.blocks, row, checkpoint, TUNING_SEED,
@@ -356,7 +354,6 @@ class Study:
 
     def try_finetuning(self, name, row, chosen):
         """Score a learning rate and layer decay of fine-tuning likewise."""
-        torch.set_num_threads(1)
         lr, decay = chosen
         folder = self.work_dir / 'tuning' / f'finetune_{name}_{lr:g}_{decay:g}'
         best = self.work_dir / 'tuning' / f'{name}_{self.chosen(row.pretrain) or 0:g}'
