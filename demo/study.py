@@ -153,7 +153,10 @@ def main(argv=None):
         write_garment_scenes(study.work_dir / 'scenes', size.scenes[-1], 2 * size.scenes[-1],
                              data=study.data)
     jobs = args.jobs or (2 if torch.cuda.is_available() else None)
-    begin, rows = time.time(), size.rows or tuple(ROWS)
+    begin = time.time()
+    runs = [(name, seed) for seed in range(max(size.seeds)) for name in size.rows or ROWS
+            if seed < size.seeds[not ROWS[name].probe]]
+    runs.sort(key=lambda run: ROWS[run[0]].labels == 'few')     # ablations last
 
     def report(text):
         console.print(f'{(time.time() - begin) / 60:6.1f} min  {text}', soft_wrap=True,
@@ -162,8 +165,7 @@ def main(argv=None):
     with process_pool(jobs) as pool:
         choose(pool, study, report)
         futures = {pool.submit(study.run, name, ROWS[name], seed): f'{name}, seed {seed}'
-                   for seed in range(max(size.seeds)) for name in rows
-                   if seed < size.seeds[not ROWS[name].probe]}
+                   for name, seed in runs}
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 future.result()
