@@ -58,7 +58,7 @@ from study_steps import BACKBONE, Row, Size, Study
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')     # Debian's package dataset-fashion-mnist
 FULL = Size(60000, 15000, 10000, 4, (3, 2), {100: 60, 1000: 15, 10000: 3, 60000: 1},
-            lrs=(1e-3, 2e-3, 4e-3),
+            lrs=dict(pretrain=(2e-3, 4e-3, 8e-3), pretrain_mae=(5e-4, 1e-3, 2e-3)),
             finetune_lrs=tuple((lr, decay) for lr in (1e-3, 3e-3) for decay in (0.75, 1.)))
 QUICK = Size(3000, 1500, 1000, 8, (2, 2), {300: 20}, few=300, scenes=(10,), iters=30, rows=(
     'NEPA', 'random start', 'MAE', 'full', 'no shift', 'no stop-gradient', 'raw pixels'))
@@ -108,11 +108,13 @@ def choose(pool, study, report):
     found = json.loads(path.read_text()) if path.exists() else {}
     scores = {}
     for attempt, names, values, key in (
-            (study.try_lr, ('NEPA', 'MAE'), study.size.lrs, lambda row: row.pretrain),
+            (study.try_lr, ('NEPA', 'MAE'), lambda row: study.size.lrs.get(row.pretrain, ()),
+             lambda row: row.pretrain),
             (study.try_finetuning, ('NEPA', 'MAE', 'random start', 'MAE, random start'),
-             study.size.finetune_lrs, lambda row: row.recipe)):
+             lambda row: study.size.finetune_lrs, lambda row: row.recipe)):
         futures = {(name, value): pool.submit(attempt, name, ROWS[name], value)
-                   for name in names for value in values if key(ROWS[name]) not in found}
+                   for name in names for value in values(ROWS[name])
+                   if key(ROWS[name]) not in found}
         for (name, value), future in futures.items():
             scores.setdefault(key(ROWS[name]), []).append((future.result(), value))
         for recipe, pairs in scores.items():

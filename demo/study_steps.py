@@ -41,7 +41,7 @@ class Size:
         seeds (tuple[int, int]): Runs of rows with probes, and of other rows.
         labels (dict[int, int]): Epochs of fine-tuning by number of labels.
         few (int): Number of labels of ablations, tuning and the choice of blocks.
-        lrs (tuple[float]): Learning rates of pretraining to choose from.
+        lrs (dict[str, tuple]): Learning rates to choose from by config of pretraining.
         finetune_lrs (tuple[tuple]): Learning rates and layer decays of fine-tuning likewise.
         rows (tuple[str], optional): Rows to run. Defaults to None: all.
         scenes (tuple[int]): Numbers of labelled scenes for segmentation, the largest last. Defaults
@@ -56,7 +56,7 @@ class Size:
     seeds: tuple
     labels: dict
     few: int = 1000
-    lrs: tuple = ()
+    lrs: dict = field(default_factory=dict)
     finetune_lrs: tuple = ()
     rows: tuple | None = None
     scenes: tuple = (10, 30, 100)

@@ -20,7 +20,6 @@ def test_verdict():
     assert 'collapsed' in collapsed and '-0.9999' in collapsed
     assert 'collapsed' in demo.check(results(spread=0.01))[0]
     rows = {'fine-tuning': dict(random=[70., 72.], pretrained=[71., 70.])}
-    rows[demo.SEGMENTATION] = dict(random=[50.], pretrained=[45.])
     useless, = demo.check(results(rows=rows))
     assert 'did not help: fine-tuning yields 70.5 % with it and 71.0 % without' in useless
 
@@ -37,7 +36,8 @@ def test_short_demo(tmp_path, monkeypatch, capsys):
     rows, problems = results['rows'], demo.check(results)
     assert set(rows) == {'k-NN, first block', demo.LAST_BLOCK, 'fine-tuning, 20 labels',
                          'fine-tuning, 300 labels', 'linear probe, first block, 300 labels',
-                         demo.SEGMENTATION}
+                         'linear segmentation, first block, mIoU'}
+    assert 0 <= results['upernet'] <= 100
     assert all(0 <= value <= 100 for row in rows.values() for runs in row.values()
                for value in runs)
     assert all(name in table for name in rows)

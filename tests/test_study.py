@@ -23,7 +23,8 @@ write_garment_scenes = load_tool('make_garment_scenes').write_garment_scenes
 study, steps, report = load_tool('study'), load_tool('study_steps'), load_tool('study_report')
 CONFIGS = REPO / 'configs/fashion_mnist'
 SIZE = steps.Size(images=256, bank=150, test=60, epochs=1, seeds=(1, 1), labels={100: 1}, few=100,
-                  scenes=(8,), iters=2, lrs=(1e-3,), finetune_lrs=((1e-3, 0.75),))
+                  scenes=(8,), iters=2, lrs=dict(pretrain=(1e-3,), pretrain_mae=(1e-3,)),
+                  finetune_lrs=((1e-3, 0.75),))
 
 
 def write_idx(folder, name, images):
