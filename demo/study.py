@@ -57,9 +57,9 @@ from nepa_mm.utils.files import atomic_write
 from study_steps import BACKBONE, Row, Size, Study
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')     # Debian's package dataset-fashion-mnist
-FULL = Size(60000, 15000, 10000, 4, (3, 2), {100: 60, 1000: 15, 10000: 3, 60000: 1},
+FULL = Size(60000, 15000, 10000, 4, (3, 2), {100: 60, 1000: 20, 10000: 3, 60000: 1},
             lrs=dict(pretrain=(2e-3, 4e-3, 8e-3), pretrain_mae=(5e-4, 1e-3, 2e-3)),
-            finetune_lrs=tuple((lr, decay) for lr in (1e-3, 3e-3) for decay in (0.75, 1.)))
+            finetune_lrs=tuple((lr, decay) for lr in (2e-3, 5e-3) for decay in (0.75, 1.)))
 QUICK = Size(3000, 1500, 1000, 8, (2, 2), {300: 20}, few=300, scenes=(10,), iters=30, rows=(
     'NEPA', 'random start', 'MAE', 'full', 'no shift', 'no stop-gradient', 'raw pixels'))
 

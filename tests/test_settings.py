@@ -5,9 +5,13 @@ import pytest
 from mmengine.config import Config
 
 from nepa_mm import apis
+from nepa_mm.apis.settings import evaluate_with
 
 from .conftest import REPO
 from .tiny_runs import load_tool, options, refused, run_train, save_pretraining
+
+CONFIGS = [str(path.relative_to(REPO / 'configs')) for path in sorted(
+    (REPO / 'configs').rglob('*.py')) if '_base_' not in path.parts]
 
 
 @pytest.fixture
@@ -84,3 +88,44 @@ def test_a_setting_that_the_tool_does_not_read(child):
 def test_a_demo(folder):
     cfg = apis.load_config(REPO / 'configs/demo/digits_finetune.py', {'num_labels': 50})
     assert cfg.train_dataloader.dataset.num_labels == 50
+
+
+# inheritance
+
+@pytest.mark.parametrize('base', ['my configs/child.py', 'my configs/between.py'])
+def test_an_option_reaches_the_bases(child, base):
+    Path('my configs/between.py').write_text("_base_ = './child.py'\n")
+    Path('heir.py').write_text(f"_base_ = ['{base}']\nmodel = dict(backbone=dict(causal=False))\n")
+    runner = run_train(['heir.py', *options('epochs=2', 'sides=28,56')])
+    assert runner.max_epochs == 2 and runner.model.backbone.patch_embed.patch_size == (28, 28)
+    assert Config.fromfile('work_dirs/heir/heir.py').optim_wrapper.optimizer.lr == 0.05
+    assert Config.fromfile(child).epochs == 1
+
+
+def test_an_option_reaches_a_base_of_another_package(folder):
+    Path('heir.py').write_text("_base_ = ['nepa_mm::custom/pretrain.py']\n")
+    before, cfg = (apis.load_config('heir.py', options) for options in ({}, {'epochs': 7}))
+    assert cfg.train_cfg.max_epochs == cfg.param_scheduler.end == 7
+    assert cfg.model == before.model and cfg.train_cfg._scope_ == before.train_cfg._scope_
+
+
+@pytest.mark.parametrize('line', ['epochs = 7', "data_root = 'elsewhere'"])
+def test_a_child_cannot_change_what_its_base_has_read(child, line):
+    Path('heir.py').write_text(f"_base_ = ['my configs/child.py']\n{line}\n")
+    name, _, value = line.partition(' = ')
+    with refused(f'heir.py sets {name} = {value}, but nothing follows it: its base has derived '
+                 f'the rest from .* give {name} by --cfg-options'):
+        load_tool('train').main(['heir.py'])
+    assert not Path('work_dirs').exists()
+    Path('heir.py').write_text(Path('heir.py').read_text() + f'resume = {name} == 3\n')
+    apis.load_config('heir.py')     # the child reads it
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_evaluating_again_changes_nothing(path):
+    cfg = apis.load_config(REPO / 'configs' / path)
+    again = evaluate_with(cfg, {})
+    for config in (cfg, again):
+        config._cfg_dict.pop('work_dir', None)
+        config._cfg_dict.pop('launcher', None)
+    assert again._cfg_dict == cfg._cfg_dict

@@ -22,8 +22,8 @@ causal = False
 embed_dims = 128
 num_layers = 4
 epochs = 20
-batch_size = 32
-lr = 2e-3               # of the last block
+batch_size = 16
+lr = 3e-3               # of the last block
 layer_decay_rate = 0.75
 
 model = dict(

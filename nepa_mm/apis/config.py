@@ -7,7 +7,12 @@ from mmengine.config import Config
 
 from nepa_mm.apis.cfg_options import merge_options
 from nepa_mm.apis.config_keys import runner_keys
-from nepa_mm.apis.settings import evaluate_with, find_settings, nearest_setting
+from nepa_mm.apis.settings import (
+    check_inheritance,
+    evaluate_with,
+    find_settings,
+    nearest_setting,
+)
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 from nepa_mm.compat.quiet import import_mmseg, quiet_imports
 from nepa_mm.utils.nested import iter_dicts
@@ -20,6 +25,7 @@ def read_config(path: str | os.PathLike) -> Config:
     """Read a config file, and import mmseg for one that needs it, without messages of imports."""
     with quiet_imports():
         cfg = Config.fromfile(path)
+    check_inheritance(path)
     if is_segmentation(cfg):
         import_mmseg()
     return cfg
@@ -34,7 +40,8 @@ def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
     Args:
         path (str | Path): The config file.
         cfg_options (dict, optional): ``--cfg-options``; overrides the file. An option that names
-            a setting, a literal at the top of the file, changes all that the file derives from it.
+            a setting, a literal at the top of the file or of one of its bases, changes all that
+            is derived from it.
         work_dir (str, optional): ``--work-dir``; overrides the file. Without both, ``work_dir`` is
             ``work_dirs/<name of the config>``.
         launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'. Defaults to 'none'.
@@ -45,7 +52,7 @@ def load_config(path: str | os.PathLike, cfg_options: Mapping | None = None,
 
     Raises:
         FileNotFoundError: The file, or one of its bases, does not exist.
-        ValueError: An option has no effect.
+        ValueError: An option has no effect, or the file sets a name that its bases have read.
     """
     cfg = read_config(path)
     flags = dict(launcher='use the flag --launcher')

@@ -13,22 +13,50 @@ from nepa_mm.utils.text import joined
 
 
 def find_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the settings of a config file: literals at its top whose names it reads below.
+    """Return the settings of a config file and of its bases.
 
-    ``_base_``, imports and the docstring may stand between them. The first other statement ends the
-    settings. A file that a run saved has none: its values are derived already.
+    They are literals at the top of a file whose names the file reads below. ``_base_``, imports and
+    the docstring may stand between them. The first other statement ends the settings. A file that a
+    run saved has none: its values are derived already.
 
     Args:
         path (str | Path): The config file. Only Python files have settings.
 
     Returns:
-        dict[str, Any]: Values by name, in the order of the file.
+        dict[str, Any]: Values by name: those of the file before those of its bases.
     """
-    return {name: ast.literal_eval(node.value) for name, node in _assignments(_parse(path))}
+    tree, found = _parse(path), {}
+    for _, base in _bases(path, tree):
+        found |= find_settings(base)
+    return found | {name: ast.literal_eval(node.value) for name, node in _own_settings(tree)}
+
+
+def check_inheritance(path: str | os.PathLike) -> None:
+    """Check that a config file does not try to change a setting of its bases.
+
+    In mmengine a name of a base has its value when the base is evaluated; a child comes too late.
+
+    Raises:
+        ValueError: A literal of the file has the name of a setting of its bases and another value,
+            and the file does not read it.
+    """
+    tree, settings = _parse(path), {}
+    for _, base in _bases(path, tree):
+        settings |= find_settings(base)
+    for node in tree.body:
+        name = _name(node)
+        if name not in settings or name in _names_read(tree) or not _is_literal(node):
+            continue
+        value = ast.literal_eval(node.value)
+        if value != settings[name]:
+            raise ValueError(
+                f'{path} sets {name} = {value!r}, but nothing follows it: its base has derived the '
+                f'rest from {settings[name]!r}. Remove the line, and give {name} by --cfg-options '
+                'or set it in a copy of the base.')
 
 
 def evaluate_with(cfg: Config, values: Mapping[str, Any]) -> Config:
-    """Evaluate a config file again, with other values of its settings.
+    """Evaluate a config file again, with other values of its settings and those of its bases.
 
     Args:
         cfg (Config): The config, as read from its file.
@@ -46,19 +74,7 @@ def evaluate_with(cfg: Config, values: Mapping[str, Any]) -> Config:
         if name in values:
             _check_kind(name, old, values[name])
     with tempfile.TemporaryDirectory() as folder:
-        copy = os.path.join(folder, os.path.basename(path))
-        Config._substitute_predefined_vars(path, copy)      # {{ fileDirname }} of the original
-        tree = _parse(copy)
-        for name, node in _assignments(tree):
-            if name in values:
-                node.value = ast.parse(repr(values[name]), mode='eval').body
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and _name(node) == '_base_':
-                for base in ast.walk(node.value):
-                    if isinstance(base, ast.Constant) and str(base.value).endswith(
-                            ('.py', '.json', '.yaml', '.yml')) and '::' not in base.value:
-                        base.value = os.path.join(os.path.dirname(path), base.value)
-        Path(copy).write_text(ast.unparse(tree), encoding='utf-8')
+        copy = _copy_with(path, values, Path(folder))
         try:
             found = Config.fromfile(copy)
         except Exception as error:
@@ -74,6 +90,24 @@ def nearest_setting(name: str, settings: Mapping[str, Any]) -> str | None:
     return next(iter(get_close_matches(name, settings, 1, 0.75)), None)
 
 
+def _copy_with(path, values, folder):
+    """Write a copy of a config file and of its bases with other values; return its path."""
+    copy = folder / os.path.basename(path)
+    Config._substitute_predefined_vars(path, str(copy))     # {{ fileDirname }} of the original
+    tree = _parse(copy)
+    for name, node in _own_settings(tree):
+        if name in values:
+            node.value = ast.parse(repr(values[name]), mode='eval').body
+    for number, (leaf, base) in enumerate(_bases(path, tree)):
+        below = folder / str(number)
+        below.mkdir()
+        scope, mark, _ = leaf.value.rpartition('::')
+        leaf.value = scope + mark + _copy_with(base, values, below)     # with mark, too, a path
+    if tree.body:
+        copy.write_text(ast.unparse(tree), encoding='utf-8')
+    return str(copy)
+
+
 def _parse(path):
     if not str(path).endswith('.py'):
         return ast.Module([], [])
@@ -81,28 +115,44 @@ def _parse(path):
 
 
 def _name(node):
-    target, *more = node.targets
-    return target.id if isinstance(target, ast.Name) and not more else None
+    """The name that a statement assigns to, or None."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        return getattr(node.targets[0], 'id', None)
+    return None
 
 
-def _assignments(tree):
-    """Return (name, statement) of each setting of a parsed file."""
-    read = {node.id for node in ast.walk(tree)
+def _bases(path, tree):
+    """Return (constant, path) of each file in ``_base_``."""
+    return [(leaf, Config._get_cfg_path(leaf.value, os.path.expanduser(path))[0])
+            for node in tree.body if _name(node) == '_base_'
+            for leaf in ast.walk(node.value) if isinstance(leaf, ast.Constant)
+            and str(leaf.value).endswith(('.py', '.json', '.yaml', '.yml'))]
+
+
+def _names_read(tree):
+    return {node.id for node in ast.walk(tree)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    found = []
+
+
+def _own_settings(tree):
+    """Return (name, statement) of each setting of a parsed file."""
+    read, found = _names_read(tree), []
     for node in tree.body:
-        if (isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))
-                or isinstance(node, ast.Assign) and _name(node) == '_base_'):
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)) or _name(node) == '_base_':
             continue
-        if not isinstance(node, ast.Assign) or not _name(node):
-            break
-        try:
-            ast.literal_eval(node.value)
-        except (ValueError, TypeError, SyntaxError):
+        if not _name(node) or not _is_literal(node):
             break
         if _name(node) in read:
             found.append((_name(node), node))
     return found
+
+
+def _is_literal(node):
+    try:
+        ast.literal_eval(node.value)
+    except (ValueError, TypeError, SyntaxError):
+        return False
+    return True
 
 
 def _check_kind(name, old, new):
