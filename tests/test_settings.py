@@ -129,3 +129,11 @@ def test_evaluating_again_changes_nothing(path):
         config._cfg_dict.pop('work_dir', None)
         config._cfg_dict.pop('launcher', None)
     assert again._cfg_dict == cfg._cfg_dict
+
+
+@pytest.mark.parametrize('path', [
+    path for path in CONFIGS if path.split('/')[0] in ('pretrain', 'classification', 'segmentation')])
+def test_data_root_moves_all_data(path):
+    cfg = apis.load_config(REPO / 'configs' / path, {'data_root': 'elsewhere'})
+    datasets = [cfg[name].dataset for name in cfg if name.endswith('_dataloader') and cfg[name]]
+    assert datasets and all(dataset.data_root == 'elsewhere' for dataset in datasets)

@@ -12,6 +12,8 @@ up to 0.45 of the image, as at 224 px. The EMA is faster (decay 0.999).
 """
 _base_ = ['./nepa_vit-b_ft_in1k.py']
 
+data_root = 'data/imagenette2'
+
 model = dict(
     backbone=dict(
         arch='small',
@@ -25,7 +27,7 @@ train_pipeline[1].scale = 160
 train_pipeline[3].translate_const = 72
 test_pipeline[1].scale = 183
 test_pipeline[2].crop_size = 160
-dataset = dict(_delete_=True, type='CustomDataset', data_root='data/imagenette2')
+dataset = dict(_delete_=True, type='CustomDataset', data_root=data_root)
 train_dataloader = dict(
     batch_size=128, dataset=dict(**dataset, data_prefix='train', pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(**dataset, data_prefix='val', pipeline=test_pipeline))

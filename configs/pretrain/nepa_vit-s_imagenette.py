@@ -13,6 +13,8 @@ at 0.1, because 1e-5 suits long runs. Weight decay and learning-rate schedules k
 """
 _base_ = ['./nepa_vit-s.py']
 
+data_root = 'data/imagenette2'
+
 model = dict(backbone=dict(patch_size=16, layer_scale_init_value=0.1))
 
 train_pipeline = _base_.train_pipeline
@@ -22,7 +24,7 @@ train_dataloader = dict(
     dataset=dict(
         _delete_=True,
         type='CustomDataset',
-        data_root='data/imagenette2',
+        data_root=data_root,
         data_prefix='train',
         pipeline=train_pipeline))
 

@@ -14,6 +14,8 @@ at least 20 % of the area: 8 % of 32 x 32 pixels are 9 x 9.
 """
 _base_ = ['./nepa_vit-s.py']
 
+data_root = 'data/cifar10'
+
 model = dict(backbone=dict(arch='tiny', patch_size=4, layer_scale_init_value=0.1))
 
 train_pipeline = [
@@ -32,7 +34,7 @@ train_dataloader = dict(
     dataset=dict(
         _delete_=True,
         type='CIFAR10',
-        data_root='data/cifar10',
+        data_root=data_root,
         split='train',
         pipeline=train_pipeline))
 

@@ -2,6 +2,8 @@
 
 The data preprocessor applies random erasing, Mixup and CutMix after the normalisation.
 """
+data_root = 'data/imagenet'
+
 train_pipeline = [
     dict(type='LoadImageWithPillow'),
     dict(
@@ -29,7 +31,7 @@ train_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),
     dataset=dict(
-        type='ImageNet', data_root='data/imagenet', split='train', pipeline=train_pipeline))
+        type='ImageNet', data_root=data_root, split='train', pipeline=train_pipeline))
 val_dataloader = dict(
     batch_size=128,
     num_workers=8,
@@ -37,7 +39,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     collate_fn=dict(type='default_collate'),
     dataset=dict(
-        type='ImageNet', data_root='data/imagenet', split='val', pipeline=test_pipeline))
+        type='ImageNet', data_root=data_root, split='val', pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 val_evaluator = dict(type='Accuracy', topk=(1, 5))

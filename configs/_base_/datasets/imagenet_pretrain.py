@@ -3,6 +3,8 @@
 The crop covers 8 to 100 % of the area. torchvision reads and resizes it bilinearly with
 antialiasing, as in the reference. Fine-tuning uses bicubic crops.
 """
+data_root = 'data/imagenet'
+
 train_pipeline = [
     dict(
         type='LoadRandomResizedCrop',
@@ -20,4 +22,4 @@ train_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),
     dataset=dict(
-        type='ImageNet', data_root='data/imagenet', split='train', pipeline=train_pipeline))
+        type='ImageNet', data_root=data_root, split='train', pipeline=train_pipeline))
