@@ -138,6 +138,9 @@ def verdict(better, other, expected=1):
 
 
 def table(header, rows):
+    """A Markdown table, or nothing without rows."""
+    if not rows:
+        return ''
     lines = [header, ['---'] * len(header), *rows]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
@@ -180,7 +183,7 @@ def attentive(summary):
             values = summary.steps(row)[step]
             rows.append([row, step.removeprefix('attentive_'), cell(values)])
     title = f'attentive probe, {summary.most:,} labels'
-    return table(['weights', 'block', title], rows) if rows else ''
+    return table(['weights', 'block', title], rows)
 
 
 def segmentation(summary):
@@ -205,7 +208,7 @@ def ablations(summary):
             'LayerScale, RoPE', 'gated MLP', 'plain, 40 % masked', 'plain, 60 % masked', 'mse',
             'infonce', 'random start'):
         runs = summary.steps(row).get('pretrain', [])
-        if not runs and row != 'random start' or not summary.steps(row):
+        if not runs and not (rows and summary.steps(row)):      # the last one is not pretrained
             continue
         warned = {name for run in runs for name in run.get('warned', ())}
         rows.append([
@@ -240,38 +243,39 @@ def scaling(summary):
 
 
 def render(records):
-    """The Markdown of a study."""
+    """The Markdown of a study; parts of which nothing has run are left out."""
     summary = Summary(records)
     runs = [run for row in summary.rows.values() for run in row.get('pretrain', [])]
     devices = ', '.join(sorted({run['device'] for run in runs}))
     versions = ', '.join(sorted({run['torch'] for run in runs}))
-    epochs = summary.steps('NEPA')['pretrain'][0]
+    first, *others = summary.steps('NEPA')['pretrain']
+    few = len(summary.steps('full').get('pretrain', []))
     chosen = '; '.join(f'{name}: {" and ".join(map(str, np.atleast_1d(value)))}'
                        for name, value in summary.chosen.items())
+    labels = f'{summary.few:,} labels'
     parts = [
-        f'Pretraining reads {epochs["images"]:,} images {epochs["epochs"]} times. Measured on '
-        f'{devices} with torch {versions}. ± is the standard error, over '
-        f'{len(summary.steps("NEPA")["pretrain"])} seeds, or '
-        f'{len(summary.steps("full")["pretrain"])} in the ablations and the scaling.',
-        f'Learning rates were chosen on held-out training images ({chosen}).' * bool(chosen),
-        '### Fine-tuning', 'Top-1 in percent on the test images:', fine_tuning(summary),
-        '![Accuracy by number of labels](../resources/study_labels.png)',
-        '### Frozen features',
-        'Blocks count from 0; the best one was chosen on held-out training images.',
-        frozen(summary), attentive(summary),
-        '![Accuracy of each block](../resources/study_blocks.png)',
-        '### Segmentation', 'mIoU in percent on validation scenes of clothes:',
-        segmentation(summary),
-        '![Segmented scenes](../resources/study_scenes.png)',
-        '### The ablations of the paper',
-        'Every row pretrains for a quarter of the epochs; accuracies have '
-        f'{summary.few:,} labels:',
-        ablations(summary),
-        'Does the direction of the paper reproduce? A difference below two standard errors is not '
-        'resolved:', claims(summary), '### Scaling', scaling(summary),
-        '![Loss and accuracy against compute](../resources/study_curves.png)',
-        '### What it expects',
-        '![Predicted clothes](../resources/study_prediction.png)']
+        f'Pretraining reads {first["images"]:,} images {first["epochs"]} times. Measured on '
+        f'{devices} with torch {versions}. ± is the standard error, over {len(others) + 1} seeds'
+        + f', or {few} in the ablations and the scaling' * bool(few) + '.',
+        f'Learning rates were chosen on held-out training images ({chosen}).' * bool(chosen)]
+    for title, text, found, (alt, picture) in (
+            ('Fine-tuning', 'Top-1 in percent on the test images:', [fine_tuning(summary)],
+             ('Accuracy by number of labels', 'labels')),
+            ('Frozen features', 'Top-1 in percent on the test images. Blocks count from 0; the best '
+             'one was chosen on held-out training images.', [frozen(summary), attentive(summary)],
+             ('Accuracy of each block', 'blocks')),
+            ('Segmentation', 'mIoU in percent on validation scenes of clothes:',
+             [segmentation(summary)], ('Segmented scenes', 'scenes')),
+            ('The ablations of the paper', 'Every row pretrains for a quarter of the epochs; '
+             f'accuracies have {labels}:', [
+                 ablations(summary), 'Does the direction of the paper reproduce? A difference '
+                 'below two standard errors is not resolved:', claims(summary)], (None, None)),
+            ('Scaling', f'Accuracies have {labels}:', [scaling(summary)],
+             ('Loss and accuracy against compute', 'curves'))):
+        if found[0]:
+            parts += [f'### {title}', text, *found]
+            parts += [f'![{alt}](../resources/study_{picture}.png)'] * bool(alt)
+    parts += ['### What it expects', '![Predicted clothes](../resources/study_prediction.png)']
     return '\n\n'.join(part for part in parts if part) + '\n'
 
 
