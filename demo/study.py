@@ -69,13 +69,8 @@ LS = {f'{BACKBONE}{name}': value for name, value in dict(
     rope_theta=None, use_abs_pos_emb=True, qk_norm=None).items()}
 PLAIN = {**LS, f'{BACKBONE}layer_scale_init_value': None}
 MAE_COMPUTE = 1.5       # multiply-adds of NEPA's training on an image over MAE's; see the test
-
-
-def width(dims):
-    arch = f'{BACKBONE}arch.'
-    return {f'{arch}embed_dims': dims, f'{arch}num_heads': dims // 32,
-            f'{arch}feedforward_channels': 4 * dims}
-
+WIDER = {f'{BACKBONE}arch.{name}': value for name, value in dict(
+    embed_dims=192, num_heads=6, feedforward_channels=768).items()}
 
 ROWS = {
     'NEPA': Row(epochs=1, trainable=True, **BOTH),
@@ -94,10 +89,7 @@ ROWS = {
         type='SiLU')}),
     'plain, 40 % masked': Row(options={**PLAIN, 'model.mask_ratio': 0.4}),
     'plain, 60 % masked': Row(options={**PLAIN, 'model.mask_ratio': 0.6}),
-    'mse': Row(options={'model.head.loss': 'mse'}),
-    'infonce': Row(options={'model.head.loss': 'infonce'}),
-    'width 64': Row(options=width(64)),
-    'width 192': Row(options=width(192)),
+    'width 192': Row(options=WIDER),
     'half the epochs': Row(epochs=0.5),
     'raw pixels': Row(None, finetune=None)}
 

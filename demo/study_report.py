@@ -50,8 +50,7 @@ CLAIMS = [
      ('NEPA', 'trainable')),
     ('Bidirectional fine-tuning helps', '1e', '+1.2', 'NEPA', ('NEPA', 'causal'))]
 SCALING = [('full', 'a quarter of the epochs'), ('half the epochs', 'half the epochs'),
-           ('NEPA', 'all epochs'), ('width 64', 'width 64, a quarter of the epochs'),
-           ('width 192', 'width 192, a quarter of the epochs')]
+           ('NEPA', 'all epochs'), ('width 192', 'width 192, a quarter of the epochs')]
 
 
 def collect(work_dir):
@@ -205,8 +204,8 @@ def ablations(summary):
     rows = []
     for row in (
             'full', 'no causal mask', 'no shift', 'no stop-gradient', 'plain', 'LayerScale',
-            'LayerScale, RoPE', 'gated MLP', 'plain, 40 % masked', 'plain, 60 % masked', 'mse',
-            'infonce', 'random start'):
+            'LayerScale, RoPE', 'gated MLP', 'plain, 40 % masked', 'plain, 60 % masked',
+            'random start'):
         runs = summary.steps(row).get('pretrain', [])
         if not runs and not (rows and summary.steps(row)):      # the last one is not pretrained
             continue
@@ -328,7 +327,7 @@ def plot_curves(summary, path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout='constrained')
     for row, colour in (('full', '#93c5fd'), ('half the epochs', '#3b82f6'), ('NEPA', '#1d4ed8'),
-                        ('width 64', '#fcd34d'), ('width 192', '#15803d')):
+                        ('width 192', '#15803d')):
         runs = summary.steps(row).get('pretrain', [])
         if runs:
             curves = np.array([run['loss'] for run in runs])
