@@ -102,7 +102,7 @@ def _copy_with(path, values, folder):
         below = folder / str(number)
         below.mkdir()
         scope, mark, _ = leaf.value.rpartition('::')
-        leaf.value = scope + mark + _copy_with(base, values, below)     # with mark, too, a path
+        leaf.value = scope + mark + _copy_with(base, values, below)     # scope::/path is valid
     if tree.body:
         copy.write_text(ast.unparse(tree), encoding='utf-8')
     return str(copy)
