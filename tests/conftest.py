@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from yapf.yapflib import yapf_api
 
 import nepa_mm  # noqa: F401  (registers everything)
@@ -20,6 +21,21 @@ def smooth_images(num, size=224, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(num, 3, 8, 8, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=(size, size), mode='bicubic').clamp(-1, 1)
+
+
+class Copies(TorchDispatchMode):
+    """The copies to another device, and whether the host waits for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get('device', args[0].device) != (
+                args[0].device):
+            self.waits.append(not kwargs.get('non_blocking'))
+        return func(*args, **kwargs)
 
 
 def pytest_collection_finish():

@@ -21,7 +21,7 @@ from nepa_mm.engine.optim_wrapper import BF16OptimWrapper
 from nepa_mm.models.segmentors import PATCH_RULES
 from nepa_mm.models.vit import NEPAViT
 
-from .conftest import REPO
+from .conftest import REPO, Copies
 from .conftest import TINY as THREE_BLOCKS
 from .tiny_runs import options, run_script, run_test, run_train
 
@@ -95,6 +95,16 @@ def config(path=BASE):
 def build(cfg):
     torch.manual_seed(0)
     return revert_sync_batchnorm(MODELS.build(Config(dict(model=cfg)).model))
+
+
+def test_images_and_labels_are_copied_without_waiting():
+    """With the meta device for a GPU."""
+    prepare = build(small_cfg()).data_preprocessor.to('meta')
+    data = dict(inputs=[torch.zeros(3, 56, 56, dtype=torch.uint8)] * 2, data_samples=[
+        SegDataSample(gt_sem_seg=PixelData(data=torch.zeros(1, 56, 56))) for _ in range(2)])
+    with Copies() as copies:
+        prepare(data, training=True)
+    assert copies.waits == [False] * 4
 
 
 class PatchMeans(nn.Module):

@@ -32,7 +32,7 @@ from nepa_mm.engine.hooks.deferred_runtime_info import DeferredHistory
 from nepa_mm.models import compilation
 from nepa_mm.models.vit import NEPAViT
 
-from .conftest import REPO, TINY, smooth_images
+from .conftest import REPO, TINY, Copies, smooth_images
 from .tiny_runs import options, run_script, save_image, save_pretraining
 
 RUNS = itertools.count()
@@ -250,21 +250,6 @@ def test_classifiers_preprocessor_equals_mmpretrains_bitwise(labels, options):
             labelled(kind, labels, **copy.deepcopy(options))
             for kind in ('NEPAClsDataPreprocessor', 'ClsDataPreprocessor'))))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
-class Copies(TorchDispatchMode):
-    """The copies to another device, and whether the host waits for each."""
-
-    def __init__(self):
-        super().__init__()
-        self.waits = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and kwargs.get('device', args[0].device) != (
-                args[0].device):
-            self.waits.append(not kwargs.get('non_blocking'))
-        return func(*args, **kwargs)
 
 
 CLASSIFIERS = [path for path in CONFIGS if 'classification' in path or path.startswith(

@@ -68,6 +68,7 @@ class NEPASegmentor(EncoderDecoder):
         if patch_rule not in PATCH_RULES:
             raise ValueError(f'patch_rule must be one of {PATCH_RULES}, got {patch_rule!r}.')
         super().__init__(backbone, decode_head, **kwargs)
+        self.data_preprocessor._non_blocking = True     # mmseg's has no argument for it
         self.patch_rule = patch_rule
 
     def fitted_size(self, size: tuple[int, int]) -> tuple[int, int]:
