@@ -1,6 +1,8 @@
 """The demo's verdict, and a very short demo from end to end."""
 import json
+import os
 
+import torch
 from PIL import Image
 
 from .tiny_runs import load_tool
@@ -59,3 +61,10 @@ def in_process(jobs, *args):
             for name, job in jobs.items()}
     rows['fine-tuning, 20 labels']['pretrained'] = [0.]
     return rows
+
+
+def test_processes_have_one_thread_and_leave_the_environment_alone():
+    before = dict(os.environ)
+    with demo.process_pool(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
+    assert os.environ == before and 'TORCHDYNAMO_DISABLE' not in before
