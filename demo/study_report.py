@@ -144,6 +144,12 @@ def table(header, rows):
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+def chosen(summary):
+    rows = [[recipe, *(f'{number:g}' for number in np.atleast_1d(value)),
+             *['–'] * (2 - np.size(value))] for recipe, value in summary.chosen.items()]
+    return table(['chosen on held-out training images', 'learning rate', 'layer decay'], rows)
+
+
 def fine_tuning(summary):
     labels = summary.labels
     rows = [[row, attention, *(cell(summary.tuned(row, n, attention)) for n in labels)]
@@ -176,13 +182,9 @@ def frozen(summary):
 
 
 def attentive(summary):
-    rows = []
-    for row in ('NEPA', 'random start'):
-        for step in sorted(step for step in summary.steps(row) if step.startswith('attentive')):
-            values = summary.steps(row)[step]
-            rows.append([row, step.removeprefix('attentive_'), cell(values)])
-    title = f'attentive probe, {summary.most:,} labels'
-    return table(['weights', 'block', title], rows)
+    rows = [[row, f'best, {summary.best(row)}', cell(summary.steps(row)['attentive'])]
+            for row in ('NEPA', 'random start') if 'attentive' in summary.steps(row)]
+    return table(['weights', 'block', f'attentive probe, {summary.most:,} labels'], rows)
 
 
 def segmentation(summary):
@@ -238,7 +240,7 @@ def scaling(summary):
     rows = [[title, cell([run['loss'][-1] for run in summary.steps(row)['pretrain']], 3),
              cell(summary.probed(row)), cell(summary.tuned(row))]
             for row, title in SCALING if 'pretrain' in summary.steps(row)]
-    return table(['pretraining', 'loss', 'linear, best block', 'fine-tuned'], rows)
+    return table(['pretraining', 'loss', 'linear, best block', 'fine-tuned'], rows[1:] and rows)
 
 
 def render(records):
@@ -249,14 +251,14 @@ def render(records):
     versions = ', '.join(sorted({run['torch'] for run in runs}))
     first, *others = summary.steps('NEPA')['pretrain']
     few = len(summary.steps('full').get('pretrain', []))
-    chosen = '; '.join(f'{name}: {" and ".join(map(str, np.atleast_1d(value)))}'
-                       for name, value in summary.chosen.items())
     labels = f'{summary.few:,} labels'
     parts = [
         f'Pretraining reads {first["images"]:,} images {first["epochs"]} times. Measured on '
-        f'{devices} with torch {versions}. ± is the standard error, over {len(others) + 1} seeds'
-        + f', or {few} in the ablations and the scaling' * bool(few) + '.',
-        f'Learning rates were chosen on held-out training images ({chosen}).' * bool(chosen)]
+        f'{devices} with torch {versions}. ' + (
+            f'± is the standard error, over {len(others) + 1} seeds'
+            + f', or {few} in the ablations and the scaling' * bool(few) if others else
+            'There is one seed so far, so there are no standard errors') + '.',
+        chosen(summary)]
     for title, text, found, (alt, picture) in (
             ('Fine-tuning', 'Top-1 in percent on the test images:', [fine_tuning(summary)],
              ('Accuracy by number of labels', 'labels')),

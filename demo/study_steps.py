@@ -154,11 +154,10 @@ class Study:
                    checkpoint, few, False, True)
         if row.probe:
             held_out = blocks['held_out']
-            for which, block in (('best', int(np.argmax(held_out))), ('last', len(held_out) - 1)):
-                record(folder / f'attentive_{which}.json', self.probe, folder, seed, checkpoint,
-                       block)
+            best = int(np.argmax(held_out))
+            record(folder / 'attentive.json', self.probe, folder, seed, checkpoint, best)
             *_, most = self.size.scenes
-            frozen = {'block': int(np.argmax(held_out))}
+            frozen = {'block': best}
             tuned = {'block': len(held_out) - 1, 'causal': False, 'lr': 2e-3,
                      'frozen_stages': 0 if checkpoint else -1}
             for kind, count, config, settings in (
@@ -313,12 +312,14 @@ class Study:
             options |= {'optim_wrapper.optimizer.lr': lr, 'optim_wrapper.paramwise_cfg': dict(
                 layer_decay_rate=decay, head_lr=lr)}
         name = f'finetune_{labels}{"_causal" * causal}{"_trainable" * trainable}'
-        return self.classify(row.finetune, folder / name, labels, seed, checkpoint, options)
+        return self.classify(row.finetune, folder / name, labels, self.size.labels[labels], seed,
+                             checkpoint, options)
 
     def probe(self, folder, seed, checkpoint, block):
         """Train an attentive probe on a frozen network."""
         labels = max(count for count in self.size.labels if count < self.size.bank)
-        return self.classify('attentive', folder / f'attentive_{block}', labels, seed, checkpoint, {
+        epochs = 3 * self.size.labels[labels]       # as long as fine-tuning takes, about
+        return self.classify('attentive', folder / 'attentive', labels, epochs, seed, checkpoint, {
             f'{BACKBONE}out_indices': block})
 
     def segment(self, config, folder, seed, checkpoint, scenes, settings):
@@ -332,8 +333,7 @@ class Study:
                for split in ('train', 'val')}})
         return dict(miou=runner.message_hub.get_scalar('val/mIoU').current())
 
-    def classify(self, config, folder, labels, seed, checkpoint, options):
-        epochs = self.size.labels[labels]
+    def classify(self, config, folder, labels, epochs, seed, checkpoint, options):
         return dict(top1=train_on_few_labels(
             CONFIGS / f'fashion_{config}.py', folder, labels, epochs, seed, checkpoint, {
                 'train_dataloader.dataset.data_root': str(self.data),

@@ -162,6 +162,7 @@ def test_attentive_head():
     shuffled = head((tokens[:, torch.tensor([4, 2, 0, 1, 3])],))
     torch.testing.assert_close(scores, shuffled)    # attention pooling knows no order
     assert not torch.allclose(scores, head((tokens.flip(0),)))
+    torch.testing.assert_close(scores, head((10 * tokens,)), rtol=1e-3, atol=1e-4)
     torch.nn.init.normal_(head.pool.latent)         # what it pays attention to is learned
     assert not torch.allclose(scores, head((tokens,)))
 

@@ -103,8 +103,8 @@ def test_a_short_study(data, tmp_path):
     found = report.Summary(records)
     assert set(found.steps('NEPA')) == {
         'pretrain', 'blocks', 'finetune_bidirectional_100', 'finetune_causal_100',
-        'finetune_trainable_100', 'attentive_best', 'attentive_last', 'segment_frozen_8',
-        'segment_upernet_8', 'segment_tuned_8'}
+        'finetune_trainable_100', 'attentive', 'segment_frozen_8', 'segment_upernet_8',
+        'segment_tuned_8'}
     assert found.steps('MAE, random start').keys() == {'blocks', 'finetune_bidirectional_100'}
     assert found.steps('no shift')['pretrain'][0]['monitors']['copy_cosine'] > 0.9
     assert found.blocks('NEPA', 'knn').shape == (1, 4)

@@ -11,4 +11,4 @@ model = dict(
     neck=None,
     head=dict(type='AttentiveClsHead', num_heads=4, init_cfg=None))
 optim_wrapper = dict(
-    optimizer=dict(lr=1e-3), paramwise_cfg=dict(head_lr=1e-3))
+    optimizer=dict(lr=3e-3), paramwise_cfg=dict(head_lr=3e-3))

@@ -2,14 +2,15 @@
 from mmengine.registry import MODELS
 from mmpretrain.models.heads import LinearClsHead
 from timm.layers import AttentionPoolLatent
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @MODELS.register_module()
 class AttentiveClsHead(LinearClsHead):
-    """Attentive probe: a learned query attends to all tokens, a linear layer classifies.
+    """Attentive probe: a learned query attends to all normalised tokens, a linear layer classifies.
 
-    Reads tokens (B, T, D), so the backbone needs ``out_type='raw'``.
+    Without the LayerNorm the probe would depend on the scale of the features, which grows from
+    block to block. Reads tokens (B, T, D), so the backbone needs ``out_type='raw'``.
 
     Args:
         num_classes (int): Number of classes.
@@ -21,8 +22,9 @@ class AttentiveClsHead(LinearClsHead):
 
     def __init__(self, num_classes: int, in_channels: int, num_heads: int = 12, **kwargs):
         super().__init__(num_classes=num_classes, in_channels=in_channels, **kwargs)
+        self.norm = nn.LayerNorm(in_channels)
         self.pool = AttentionPoolLatent(in_channels, num_heads=num_heads)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Pool the tokens of the last output: (B, T, D) -> (B, D)."""
-        return self.pool(feats[-1])
+        return self.pool(self.norm(feats[-1]))
