@@ -200,9 +200,10 @@ def test_text_goes_between_the_marks():
         'a\n<!-- study -->\n\nnew \\1\n<!-- end of study -->\nb\n')
 
 
-def test_the_page_has_marks():
+def test_the_page_shows_its_records():
     page = (REPO / 'docs/results.md').read_text()
-    assert '<!-- study -->\n\nfound\n<!-- end of study -->' in report.insert(page, 'found')
+    records = json.loads((REPO / 'resources/study.json').read_text())
+    assert page == report.insert(page, report.render(records))
 
 
 def test_debian_package_is_unpacked(data, tmp_path, monkeypatch):
