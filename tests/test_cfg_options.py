@@ -55,8 +55,6 @@ def refusal(capsys, main, argv):
     (RECIPE, 'vis_backends=[]', ['visualizer.vis_backends']),
     (DIGITS, 'epochs=3', ['default_hooks.checkpoint.interval', 'param_scheduler.end',
                           'train_cfg.max_epochs', 'train_cfg.val_interval']),
-    (SCENES, 'data_root=my photos', [f'{name}_dataloader.dataset.data_root'
-                                     for name in ('test', 'train', 'val')]),
     (SCENES, 'data_preprocessor.size=64,64', ['model.data_preprocessor.size']),
 ])
 def test_names_that_only_the_file_reads(capsys, config, option, keys):

@@ -113,12 +113,18 @@ def test_an_option_reaches_a_base_of_another_package(folder):
 def test_a_child_cannot_change_what_its_base_has_read(child, line):
     Path('heir.py').write_text(f"_base_ = ['my configs/child.py']\n{line}\n")
     name, _, value = line.partition(' = ')
-    with refused(f'heir.py sets {name} = {value}, but nothing follows it: its base has derived '
-                 f'the rest from .* give {name} by --cfg-options'):
+    with refused(f'heir.py sets {name} = {value}, but its base has derived the rest from '
+                 f'.* give {name} by --cfg-options'):
         load_tool('train').main(['heir.py'])
     assert not Path('work_dirs').exists()
     Path('heir.py').write_text(Path('heir.py').read_text() + f'resume = {name} == 3\n')
     apis.load_config('heir.py')     # the child reads it
+
+
+def test_a_child_may_set_all_that_follows_itself(child):
+    Path('heir.py').write_text("_base_ = ['my configs/child.py']\ndata_root = 'here'\n"
+                               "train_dataloader = dict(dataset=dict(data_root='here'))\n")
+    assert apis.load_config('heir.py').data_root == 'here'
 
 
 @pytest.mark.parametrize('path', CONFIGS)

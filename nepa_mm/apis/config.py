@@ -25,7 +25,7 @@ def read_config(path: str | os.PathLike) -> Config:
     """Read a config file, and import mmseg for one that needs it, without messages of imports."""
     with quiet_imports():
         cfg = Config.fromfile(path)
-    check_inheritance(path)
+    check_inheritance(cfg)
     if is_segmentation(cfg):
         import_mmseg()
     return cfg

@@ -31,15 +31,20 @@ def find_settings(path: str | os.PathLike) -> dict[str, Any]:
     return found | {name: ast.literal_eval(node.value) for name, node in _own_settings(tree)}
 
 
-def check_inheritance(path: str | os.PathLike) -> None:
+def check_inheritance(cfg: Config) -> None:
     """Check that a config file does not try to change a setting of its bases.
 
-    In mmengine a name of a base has its value when the base is evaluated; a child comes too late.
+    In mmengine a base is evaluated before its child, with its own values.
+
+    Args:
+        cfg (Config): The config, as read from its file.
 
     Raises:
-        ValueError: A literal of the file has the name of a setting of its bases and another value,
-            and the file does not read it.
+        ValueError: A literal of the file, which the file does not read, has the name of a setting
+            of its bases, and what they derived from their value would be something else with this
+            one.
     """
+    path = os.path.expanduser(cfg.filename)
     tree, settings = _parse(path), {}
     for _, base in _bases(path, tree):
         settings |= find_settings(base)
@@ -48,11 +53,11 @@ def check_inheritance(path: str | os.PathLike) -> None:
         if name not in settings or name in _names_read(tree) or not _is_literal(node):
             continue
         value = ast.literal_eval(node.value)
-        if value != settings[name]:
+        if evaluate_with(cfg, {name: value})._cfg_dict != cfg._cfg_dict:
             raise ValueError(
-                f'{path} sets {name} = {value!r}, but nothing follows it: its base has derived the '
-                f'rest from {settings[name]!r}. Remove the line, and give {name} by --cfg-options '
-                'or set it in a copy of the base.')
+                f'{path} sets {name} = {value!r}, but its base has derived the rest from '
+                f'{settings[name]!r}. Remove the line, and give {name} by --cfg-options or set it '
+                'in a copy of the base.')
 
 
 def evaluate_with(cfg: Config, values: Mapping[str, Any]) -> Config:
