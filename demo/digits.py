@@ -254,10 +254,8 @@ def main(argv=None):
                      out / 'prediction.png')
     write_explorer(model, images['queries'][:8], checkpoint.name, out / 'explore.html')
     plot_segmentation(out / 'scenes', {
-        title: segmentor_dir(config, 'pretrained', 0, out)
-        for title, config in (('UPerNet', 'digits_upernet'),
-                              ('linear head,\nfrozen network', 'digits_segment_linear'))},
-        'Pretrained NEPA segments scenes of digits that it has not seen',
+        'prediction': segmentor_dir('digits_upernet', 'pretrained', 0, out)},
+        'UPerNet on pretrained NEPA, scenes of digits that it has not seen',
         out / 'segmentation.png')
     show(console, results, out / 'results.md')
     problems = check(results)

@@ -82,7 +82,8 @@ def plot_segmentation(scenes, segmentors, title, path, num=6):
                      for result in inference_model(model, images)]
     classes = model.dataset_meta['classes']
     palette = np.array([*model.dataset_meta['palette'], [128, 128, 128]]) / 255  # -1: unlabelled
-    figure, axes = plt.subplots(len(rows), num, figsize=(1.5 * num + 2, 6.8), layout='constrained')
+    figure, axes = plt.subplots(len(rows), num, figsize=(1.5 * num + 2, 1.5 * len(rows) + 0.8),
+                                layout='constrained')
     for line, (name, panels) in zip(axes, rows.items()):
         for axis, panel in zip(line, panels):
             axis.imshow(panel if name == 'image' else palette[panel], cmap='gray', vmin=0, vmax=255,
