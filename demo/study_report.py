@@ -262,8 +262,9 @@ def render(records):
     for title, text, found, (alt, picture) in (
             ('Fine-tuning', 'Top-1 in percent on the test images:', [fine_tuning(summary)],
              ('Accuracy by number of labels', 'labels')),
-            ('Frozen features', 'Top-1 in percent on the test images. Blocks count from 0; the best '
-             'one was chosen on held-out training images.', [frozen(summary), attentive(summary)],
+            ('Frozen features', 'Top-1 in percent on the test images. Blocks count from 0; the '
+             'best one was chosen on held-out training images.',
+             [frozen(summary), attentive(summary)],
              ('Accuracy of each block', 'blocks')),
             ('Segmentation', 'mIoU in percent on validation scenes of clothes:',
              [segmentation(summary)], ('Segmented scenes', 'scenes')),
