@@ -36,24 +36,20 @@ if __name__ == '__main__':
     parse_args()    # before the slow imports
 
 import json
-import multiprocessing
-import os
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')   # one single-threaded process per core
 warnings.filterwarnings('ignore')
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import nepa_mm  # noqa: F401
-from common import claim_work_dir, train, train_on_few_labels
+from common import claim_work_dir, process_pool, train, train_on_few_labels
 from nepa_mm.engine.hooks import NEPAMonitorHook
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
@@ -81,7 +77,6 @@ def run(row, seed, epochs, work_dir):
         dict: ``top1`` (percent, one per draw); after a pretraining also ``loss`` (last value),
         ``warned`` (the monitor's warnings), ``iterations``, and each of ``MONITORS`` as a curve.
     """
-    torch.set_num_threads(1)
     folder, result, checkpoint = Path(work_dir) / f'{row.replace(" ", "-")}_{seed}', {}, None
     if row != SCRATCH:
         runner = train(CONFIGS / 'digits_pretrain.py', folder, {
@@ -107,8 +102,7 @@ def run_all(rows, epochs, seeds, work_dir, report):
     Returns:
         dict[str, list[dict]]: Results of :func:`run` by row, one per seed.
     """
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with process_pool() as pool:
         futures = {pool.submit(run, row, seed, epochs, str(work_dir)): (row, seed)
                    for seed in range(seeds) for row in rows}
         for future in as_completed(futures):

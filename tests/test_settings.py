@@ -117,6 +117,10 @@ def test_a_child_cannot_change_what_its_base_has_read(child, line):
                  f'.* give {name} by --cfg-options'):
         load_tool('train').main(['heir.py'])
     assert not Path('work_dirs').exists()
+    Path('grandchild.py').write_text("_base_ = ['heir.py']\n")
+    with refused(f'heir.py sets {name} = {value}'):
+        load_tool('train').main(['grandchild.py'])
+    assert not Path('work_dirs').exists()
     Path('heir.py').write_text(Path('heir.py').read_text() + f'resume = {name} == 3\n')
     apis.load_config('heir.py')     # the child reads it
 

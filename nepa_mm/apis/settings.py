@@ -32,7 +32,7 @@ def find_settings(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_inheritance(cfg: Config) -> None:
-    """Check that a config file does not try to change a setting of its bases.
+    """Check that no file of a config tries to change a setting of its bases.
 
     In mmengine a base is evaluated before its child, with its own values.
 
@@ -40,13 +40,16 @@ def check_inheritance(cfg: Config) -> None:
         cfg (Config): The config, as read from its file.
 
     Raises:
-        ValueError: A literal of the file, which the file does not read, has the name of a setting
-            of its bases, and what they derived from their value would be something else with this
-            one.
+        ValueError: A literal of a file, which the file does not read, has the name of a setting of
+            its bases, and the config would be another one if they had had this value.
     """
-    path = os.path.expanduser(cfg.filename)
+    _check_file(cfg, os.path.expanduser(cfg.filename))
+
+
+def _check_file(cfg, path):
     tree, settings = _parse(path), {}
     for _, base in _bases(path, tree):
+        _check_file(cfg, base)
         settings |= find_settings(base)
     for node in tree.body:
         name = _name(node)

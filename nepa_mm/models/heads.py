@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class AttentiveClsHead(LinearClsHead):
     """Attentive probe: a learned query attends to all normalised tokens, a linear layer classifies.
 
-    Without the LayerNorm the probe would depend on the scale of the features, which grows from
-    block to block. Reads tokens (B, T, D), so the backbone needs ``out_type='raw'``.
+    Inner blocks have no final norm: without a LayerNorm of its own the probe would depend on the
+    scale of their features. Reads tokens (B, T, D), so the backbone needs ``out_type='raw'``.
 
     Args:
         num_classes (int): Number of classes.
