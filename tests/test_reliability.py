@@ -346,3 +346,12 @@ def test_a_process_of_a_pool_ends_although_its_workers_ignore_sigterm(method):
         assert process.exitcode == 0
     finally:
         process.kill()
+
+
+def test_a_run_stops_its_workers(config):
+    """Else the garbage collector finds them, and waits 5 s and more for each."""
+    workers = options('train_dataloader.num_workers=2', 'train_dataloader.persistent_workers=True')
+    before = set(multiprocessing.active_children())
+    runner = run_train([config, '--work-dir', 'a', *workers, *epochs(1)])
+    assert runner.iter == 2 and set(multiprocessing.active_children()) <= before
+    assert len(list(runner.train_loop.dataloader)) == 2     # others start

@@ -1,4 +1,5 @@
 """SIGTERM asks a run to save and exit. Its processes record the request; workers ignore it."""
+import atexit
 import multiprocessing
 import signal
 from collections.abc import Callable
@@ -56,7 +57,8 @@ def shield_workers(loader: DataLoader) -> None:
     """Block SIGTERM in the workers of a DataLoader from their start.
 
     ``timeout`` and Slurm signal the whole process group. Workers that exit would leave the last
-    update without its batch. Shielded workers stop when their parent stops them or is gone.
+    update without its batch. Shielded workers stop when their parent stops them or is gone. As it
+    exits it kills them, before anything waits for them.
     """
     start = loader._get_iterator
 
@@ -70,8 +72,21 @@ def shield_workers(loader: DataLoader) -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     loader._get_iterator = start_shielded
-    # runs before multiprocessing sends SIGTERM to daemons and waits for them, in any process
+    atexit.register(_kill_workers)
+    # the same for processes of a pool, before multiprocessing sends SIGTERM and waits
     util.Finalize(None, _kill_workers, exitpriority=100)
+
+
+def stop_workers(loader: DataLoader) -> None:
+    """Stop the persistent workers of a DataLoader; its next iterator starts others.
+
+    In reference cycles, like a Runner's, the queues to the workers are closed before the workers
+    are asked to stop. The garbage collector then waits 5 s for each, and 5 s more if SIGTERM is
+    blocked.
+    """
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _kill_workers():
