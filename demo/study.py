@@ -150,7 +150,8 @@ def main(argv=None):
     begin = time.time()
     runs = [(name, seed) for seed in range(max(size.seeds)) for name in size.rows or ROWS
             if seed < size.seeds[not ROWS[name].probe]]
-    runs.sort(key=lambda run: ROWS[run[0]].labels == 'few')     # ablations last
+    # two seeds of the main rows, two of the ablations, then third ones
+    runs.sort(key=lambda run: (run[1] > 1, ROWS[run[0]].labels == 'few'))
 
     def report(text):
         console.print(f'{(time.time() - begin) / 60:6.1f} min  {text}', soft_wrap=True,
