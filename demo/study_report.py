@@ -58,9 +58,9 @@ def collect(work_dir):
 
     Returns:
         dict: ``rows``: name -> step -> list over the seeds that ran it; ``chosen``: learning rates;
-        ``size``: how much was run.
+        ``size``: how much was run; ``hours`` of all steps, without what was interrupted.
     """
-    rows, chosen = {}, Path(work_dir, 'chosen.json')
+    rows, chosen, hours = {}, Path(work_dir, 'chosen.json'), 0
     size = json.loads(Path(work_dir, 'size.json').read_text())
     for path in sorted(Path(work_dir, 'runs').glob('*/*.json')):
         name = path.parent.name.rpartition('_')[0].replace('-', ' ')
@@ -71,7 +71,9 @@ def collect(work_dir):
             record['monitors'] = {name: values[-1] for name, values in
                                   record.get('monitors', {}).items()}
         rows.setdefault(name, {}).setdefault(path.stem, []).append(record)
-    return dict(size=size, rows=rows,
+    for path in Path(work_dir).glob('*/*/*.json'):
+        hours += json.loads(path.read_text())['seconds'] / 3600
+    return dict(size=size, rows=rows, hours=round(hours, 1),
                 chosen=json.loads(chosen.read_text()) if chosen.exists() else {})
 
 
@@ -254,7 +256,8 @@ def render(records):
     labels = f'{summary.few:,} labels'
     parts = [
         f'Pretraining reads {first["images"]:,} images {first["epochs"]} times. Measured on '
-        f'{devices} with torch {versions}. ' + (
+        f'{devices} with torch {versions}. The steps took at least {records["hours"]:g} hours in '
+        'sum, in one process each. ' + (
             f'± is the standard error, over {len(others) + 1} seeds'
             + f', or {few} in the ablations and the scaling' * bool(few) if others else
             'There is one seed so far, so there are no standard errors') + '.',
