@@ -122,6 +122,9 @@ def test_a_short_study(data, tmp_path):
     small.draw(rows['NEPA'])
     report.write(small.work_dir)
     text = (small.work_dir / 'results.md').read_text()
+    assert 'The steps took at least 0' in text
+    assert re.search(r'Without the shift it fails [|] 1a [|] fails [|].* [|] one seed [|] [-+]\d',
+                     text)
     assert '| NEPA | causal |' in text and '| raw pixels | – |' in text
     for picture in ('labels', 'blocks', 'curves', 'prediction', 'scenes'):
         assert min(Image.open(small.work_dir / f'study_{picture}.png').size) > 300
@@ -186,9 +189,10 @@ def test_tables_of_made_up_records():
     summary = made_up(full={step: 80.}, no_shift={step: 60.}, NEPA={
         step: 84., 'finetune_causal_1000': 84.1}, random_start={step: 70.})
     text = report.claims(summary)
-    assert '| Without the shift it fails | 1a | fails | +20.0 ± 0.2 | yes |' in text
-    assert '| Bidirectional fine-tuning helps | 1e | +1.2 | -0.1 ± 0.2 | not resolved |' in text
-    assert '| The causal mask helps | 1a | +3.2 | – | – |' in text
+    assert '| Without the shift it fails | 1a | fails | +20.0 ± 0.2 | yes | – | – |' in text
+    assert ('| Bidirectional fine-tuning helps | 1e | +1.2 | -0.1 ± 0.2 | not resolved | – | – |'
+            in text)
+    assert '| The causal mask helps | 1a | +3.2 | – | – | – | – |' in text
     text = report.fine_tuning(summary)
     assert '| NEPA | causal | – | 84.1 ± 0.1 | – | – |' in text
     assert '| gain of NEPA over random start | bidirectional | – | +14.0 ± 0.2 |' in text
