@@ -257,14 +257,14 @@ def render(records):
     devices = ', '.join(sorted({run['device'] for run in runs}))
     versions = ', '.join(sorted({run['torch'] for run in runs}))
     first, *others = summary.steps('NEPA')['pretrain']
-    few = len(summary.steps('full').get('pretrain', []))
+    seeds, few = len(others) + 1, len(summary.steps('full').get('pretrain', []))
     labels = f'{summary.few:,} labels'
     parts = [
         f'Pretraining reads {first["images"]:,} images {first["epochs"]} times. Measured on '
         f'{devices} with torch {versions}. The steps took at least {records["hours"]:g} hours in '
         'sum, in one process each. ' + (
-            f'± is the standard error, over {len(others) + 1} seeds'
-            + f', or {few} in the ablations and the scaling' * bool(few) if others else
+            f'± is the standard error, over {seeds} seeds'
+            + f', or {few} in the ablations and the scaling' * (0 < few != seeds) if others else
             'There is one seed so far, so there are no standard errors') + '.',
         chosen(summary)]
     for title, text, found, (alt, picture) in (
@@ -284,8 +284,8 @@ def render(records):
              ('Loss and accuracy against compute', 'curves'))):
         if found[0]:
             parts += [f'### {title}', text, *found]
-            parts += [f'![{alt}](../resources/study_{picture}.png)'] * bool(alt)
-    parts += ['### What it expects', '![Predicted clothes](../resources/study_prediction.png)']
+            parts += [f'![{alt}](study_{picture}.png)'] * bool(alt)
+    parts += ['### What it expects', '![Predicted clothes](study_prediction.png)']
     return '\n\n'.join(part for part in parts if part) + '\n'
 
 
@@ -314,7 +314,7 @@ def plot_blocks(summary, path):
     """Plot the accuracy of a linear probe on each block."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.6), layout='constrained')
+    figure, axes = plt.subplots(figsize=(8.6, 4.6), layout='constrained')
     for row, colour in COLOURS.items():
         found = summary.blocks(row, summary.probe)
         if len(found):
@@ -327,7 +327,7 @@ def plot_blocks(summary, path):
     axes.set(xlabel='block', ylabel='top-1 on test images, %',
              title=f'Linear probe with {summary.few:,} labels (bars: two standard errors)')
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc='outside right center', frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -389,7 +389,8 @@ def write(work_dir, docs=False):
 
 
 def insert(page, text):
-    """Put the Markdown of a study between the marks of a page."""
+    """Put the Markdown of a study between the marks of a page, with links to its pictures."""
+    text = text.replace('](study_', '](../resources/study_')
     return re.sub('(?<=<!-- study -->\n).*(?=<!-- end of study -->)', lambda _: f'\n{text}\n', page,
                   flags=re.DOTALL)
 

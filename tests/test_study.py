@@ -128,6 +128,7 @@ def test_a_short_study(data, tmp_path):
     assert '| NEPA | causal |' in text and '| raw pixels | – |' in text
     for picture in ('labels', 'blocks', 'curves', 'prediction', 'scenes'):
         assert min(Image.open(small.work_dir / f'study_{picture}.png').size) > 300
+        assert f'](study_{picture}.png)' in text
 
 
 def test_the_baseline_is_trained_by_the_tool(data, tmp_path):
@@ -200,8 +201,8 @@ def test_tables_of_made_up_records():
 
 def test_text_goes_between_the_marks():
     page = 'a\n<!-- study -->\nold\n<!-- end of study -->\nb\n'
-    assert report.insert(page, 'new \\1') == (
-        'a\n<!-- study -->\n\nnew \\1\n<!-- end of study -->\nb\n')
+    assert report.insert(page, 'new \\1 ![](study_a.png)') == (
+        'a\n<!-- study -->\n\nnew \\1 ![](../resources/study_a.png)\n<!-- end of study -->\nb\n')
 
 
 def test_the_page_shows_its_records():
