@@ -18,9 +18,11 @@ from nepa_mm.checkpoints.io import read_checkpoint
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint
 from nepa_mm.utils.signals import shield_workers
 
+from .conftest import REPO
 from .tiny_runs import (
     options,
     refused,
+    run_test,
     run_train,
     save_classifier,
     save_pretraining,
@@ -348,10 +350,20 @@ def test_a_process_of_a_pool_ends_although_its_workers_ignore_sigterm(method):
         process.kill()
 
 
-def test_a_run_stops_its_workers(config):
+def test_runs_stop_their_workers(tmp_path, monkeypatch):
     """Else the garbage collector finds them, and waits 5 s and more for each."""
-    workers = options('train_dataloader.num_workers=2', 'train_dataloader.persistent_workers=True')
+    monkeypatch.chdir(tmp_path)
+    config, checkpoint = save_classifier()
+    cfg = Config.fromfile(config)
+    hooks = Config.fromfile(REPO / 'configs/_base_/runtime.py').default_hooks
+    cfg.default_hooks = dict(hooks, checkpoint=None,
+                             run_check=dict(type='RunCheckHook', odd='warn'))
+    for name in ('train', 'val', 'test'):
+        cfg[f'{name}_dataloader'].update(num_workers=2, persistent_workers=True)
+    cfg.dump('run.py')
     before = set(multiprocessing.active_children())
-    runner = run_train([config, '--work-dir', 'a', *workers, *epochs(1)])
-    assert runner.iter == 2 and set(multiprocessing.active_children()) <= before
-    assert len(list(runner.train_loop.dataloader)) == 2     # others start
+    runner = run_train(['run.py', '--work-dir', 'a'])
+    assert set(multiprocessing.active_children()) <= before
+    assert runner.val() and set(multiprocessing.active_children()) <= before    # others started
+    run_test(['run.py', checkpoint, '--work-dir', 'b'])
+    assert set(multiprocessing.active_children()) <= before

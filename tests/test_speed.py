@@ -209,6 +209,13 @@ def test_every_recipe_fuses_adamw(path):
     assert optimizer.get('fused') or optimizer.type == 'LARS'
 
 
+@pytest.mark.parametrize('path', CONFIGS)
+def test_every_recipe_stops_its_workers(path):
+    """See test_runs_stop_their_workers."""
+    hooks = Config.fromfile(REPO / 'configs' / path).default_hooks
+    assert hooks.workers.type == 'StopWorkersHook'
+
+
 def test_fused_adamw_is_left_out_where_torch_has_none(monkeypatch):
     monkeypatch.setattr(torch, '__version__', '2.1.2')
     assert optimizer_of(nepa(), True).optimizer.defaults['fused'] is None

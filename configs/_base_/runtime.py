@@ -11,7 +11,8 @@ default_hooks = dict(
     resume=dict(type='ExactResumeHook'),
     guard=dict(type='NonFiniteGuardHook'),
     run_check=dict(type='RunCheckHook'),     # checks data, classes, schedule, weights before step 1
-    unreadable=dict(type='UnreadableImageHook'))     # replaces unlabelled samples only
+    unreadable=dict(type='UnreadableImageHook'),     # replaces unlabelled samples only
+    workers=dict(type='StopWorkersHook'))
 
 randomness = dict(seed=1337, diff_rank_seed=True)
 resume = True   # the work_dir's checkpoint with the most progress; --no-resume starts anew

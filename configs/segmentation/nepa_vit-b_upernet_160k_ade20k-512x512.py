@@ -97,6 +97,7 @@ default_hooks = dict(
     checkpoint=dict(type='AtomicCheckpointHook', max_keep_ckpts=3),
     resume=dict(type='ExactResumeHook'),
     guard=dict(type='NonFiniteGuardHook'),
-    run_check=dict(type='RunCheckHook'))
+    run_check=dict(type='RunCheckHook'),
+    workers=dict(type='StopWorkersHook'))
 randomness = dict(seed=1337, diff_rank_seed=True)
 resume = True   # the work_dir's checkpoint with the most progress; --no-resume starts anew

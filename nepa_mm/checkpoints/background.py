@@ -1,46 +1,13 @@
-"""Checkpoints that are copied at once, and written atomically in a thread."""
+"""Checkpoints that are copied at once and written in a thread, while training goes on."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from threading import Thread
 from threading import enumerate as all_threads
 
 from mmengine import dist
-from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import runner as mmengine_runner
-
-from nepa_mm.utils.files import atomic_write
-
-
-class AtomicLocalBackend(LocalBackend):
-    """Local files, written atomically and removed only by :meth:`remove_outdated`."""
-
-    def __init__(self):
-        self.outdated = []
-
-    def put(self, obj, filepath):
-        """Write to a temporary file, flush it to the disk, and rename it."""
-        with atomic_write(filepath, overwrite=True) as temporary:
-            temporary.write_bytes(obj)
-
-    def remove(self, filepath):
-        """Mark a file as outdated; keep it until the newer one is complete."""
-        self.outdated.append(filepath)
-
-    def remove_outdated(self):
-        """Remove the outdated files."""
-        while self.outdated:
-            path = Path(self.outdated.pop())
-            if path.is_file():
-                path.unlink(missing_ok=True)
-
-    def rmtree(self, dir_path):
-        """Never remove a folder: no checkpoint is one."""
-
-
-register_backend('atomic', AtomicLocalBackend)
 
 
 class WriterThread(Thread):

@@ -77,18 +77,6 @@ def shield_workers(loader: DataLoader) -> None:
     util.Finalize(None, _kill_workers, exitpriority=100)
 
 
-def stop_workers(loader: DataLoader) -> None:
-    """Stop the persistent workers of a DataLoader; its next iterator starts others.
-
-    In reference cycles, like a Runner's, the queues to the workers are closed before the workers
-    are asked to stop. The garbage collector then waits 5 s for each, and 5 s more if SIGTERM is
-    blocked.
-    """
-    iterator, loader._iterator = loader._iterator, None
-    if iterator is not None:
-        iterator._shutdown_workers()
-
-
 def _kill_workers():
     """Kill the daemons of this process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise

@@ -5,8 +5,10 @@ from .exact_resume import ExactResumeHook
 from .model_ema import ModelEMAHook
 from .nepa_monitor import NEPAMonitorHook
 from .non_finite_guard import NonFiniteGuardHook
+from .stop_workers import StopWorkersHook
 from .throughput import ThroughputHook
 from .unreadable_images import UnreadableImageHook
 
 __all__ = ['AtomicCheckpointHook', 'DeferredRuntimeInfoHook', 'ExactResumeHook', 'ModelEMAHook',
-           'NEPAMonitorHook', 'NonFiniteGuardHook', 'ThroughputHook', 'UnreadableImageHook']
+           'NEPAMonitorHook', 'NonFiniteGuardHook', 'StopWorkersHook', 'ThroughputHook',
+           'UnreadableImageHook']

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from mmengine import dist
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
@@ -14,18 +15,40 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from nepa_mm.checkpoints.background import WriterThread, deferred_saves, join_writers
 from nepa_mm.checkpoints.resumable import find_resumable_checkpoint, keep_file_names
 from nepa_mm.engine.hooks.non_finite_guard import NonFiniteGuardHook
-from nepa_mm.utils.files import lock_folder, remove_leftovers, survive_full_disk
+from nepa_mm.utils.files import atomic_write, lock_folder, remove_leftovers, survive_full_disk
 from nepa_mm.utils.host_copy import HostCopy
-from nepa_mm.utils.signals import (
-    STATUS,
-    record_sigterm,
-    request,
-    restore,
-    shield_workers,
-    stop_workers,
-)
+from nepa_mm.utils.signals import STATUS, record_sigterm, request, restore, shield_workers
 
 FILES = ('last_ckpt', 'keep_ckpt_ids', 'best_')     # prefixes of what names the files of a run
+
+
+class AtomicLocalBackend(LocalBackend):
+    """Local files, written atomically and removed only by :meth:`remove_outdated`."""
+
+    def __init__(self):
+        self.outdated = []
+
+    def put(self, obj, filepath):
+        """Write to a temporary file, flush it to the disk, and rename it."""
+        with atomic_write(filepath, overwrite=True) as temporary:
+            temporary.write_bytes(obj)
+
+    def remove(self, filepath):
+        """Mark a file as outdated; keep it until the newer one is complete."""
+        self.outdated.append(filepath)
+
+    def remove_outdated(self):
+        """Remove the outdated files."""
+        while self.outdated:
+            path = Path(self.outdated.pop())
+            if path.is_file():
+                path.unlink(missing_ok=True)
+
+    def rmtree(self, dir_path):
+        """Never remove a folder: no checkpoint is one."""
+
+
+register_backend('atomic', AtomicLocalBackend)
 
 
 @HOOKS.register_module()
@@ -119,7 +142,8 @@ class AtomicCheckpointHook(CheckpointHook):
         elif self.save_best is not None:
             self.best_ckpt_path_dict = {
                 key: self._own(name) for key, name in self.best_ckpt_path_dict.items()}
-        for loop in _loops(runner):
+        loops = [loop for loop in (runner.train_loop, runner.val_loop) if loop is not None]
+        for loop in loops:
             shield_workers(loop.dataloader)
         self.guarded = any(isinstance(hook, NonFiniteGuardHook) and hook.watching
                            for hook in runner.hooks)
@@ -149,11 +173,6 @@ class AtomicCheckpointHook(CheckpointHook):
         self._wait(runner)
         restore(self.previous)
         self.listening = False
-
-    def after_run(self, runner):
-        """Stop the workers of the data loaders."""
-        for loop in _loops(runner):
-            stop_workers(loop.dataloader)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Save at the interval; save and exit after SIGTERM."""
@@ -266,12 +285,6 @@ class AtomicCheckpointHook(CheckpointHook):
             values.update(before)
         if not self._goes_on_after(error):
             raise error
-
-
-def _loops(runner):
-    """The loops that are built."""
-    return [loop for loop in (runner._train_loop, runner._val_loop, runner._test_loop)
-            if isinstance(loop, BaseLoop)]
 
 
 def _files(values):
