@@ -277,7 +277,8 @@ def render(records):
             ('Segmentation', 'mIoU in percent on validation scenes of clothes:',
              [segmentation(summary)], ('Segmented scenes', 'scenes')),
             ('The ablations of the paper', 'Every row pretrains for a quarter of the epochs; '
-             f'accuracies have {labels}:', [
+             f'accuracies have {labels}. A negative lift is copying, which the monitor judges '
+             'after 1,000 iterations:', [
                  ablations(summary), 'Does the direction of the paper reproduce? A difference '
                  'below two standard errors is not resolved:', claims(summary)], (None, None)),
             ('Scaling', f'Accuracies have {labels}:', [scaling(summary)],
