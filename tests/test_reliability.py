@@ -3,6 +3,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -348,6 +350,22 @@ def test_a_process_of_a_pool_ends_although_its_workers_ignore_sigterm(method):
         assert process.exitcode == 0
     finally:
         process.kill()
+
+
+def test_a_process_kills_its_workers_before_it_collects_garbage(tmp_path):
+    """Else the exit of several CPU processes waits 10 s for each, after SIGTERM or an error."""
+    (tmp_path / 'exits.py').write_text(
+        'import atexit, multiprocessing\n'
+        'from torch.utils.data import DataLoader\n'
+        'from nepa_mm.utils.signals import shield_workers\n'
+        'atexit.register(lambda: print(len(multiprocessing.active_children())))\n'
+        'loader = DataLoader([1, 2], num_workers=2, persistent_workers=True)\n'
+        'shield_workers(loader)\n'
+        'assert list(loader) and len(multiprocessing.active_children()) == 2\n'
+        'raise SystemExit(3)\n')
+    ended = subprocess.run([sys.executable, tmp_path / 'exits.py'], capture_output=True, text=True,
+                           env=dict(os.environ, PYTHONPATH=str(REPO)))
+    assert (ended.returncode, ended.stdout) == (3, '0\n'), ended.stderr
 
 
 def test_runs_stop_their_workers(tmp_path, monkeypatch):
