@@ -78,8 +78,10 @@ def shield_workers(loader: DataLoader) -> None:
 
 
 def _kill_workers():
-    """Kill the daemons of this process."""
+    """Kill the daemons of this process, and wait until they are gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    for daemon in daemons:
+        daemon.kill()
+    for daemon in daemons:
+        daemon.join()
