@@ -250,22 +250,30 @@ def scaling(summary):
     return table(['pretraining', 'loss', 'linear, best block', 'fine-tuned'], rows[1:] and rows)
 
 
+def seeds(summary):
+    """Say over how many seeds the standard errors are."""
+    counts = {row: len(steps.get('blocks', [])) for row, steps in summary.rows.items()}
+    most = max(counts.values())
+    if most < 2:
+        return 'There is one seed so far, so there are no standard errors.'
+    rows = [row for row in counts if counts[row] == most]
+    others = ' or '.join(map(str, sorted(set(counts.values()) - {0, most})))
+    return f'± is the standard error, over {most} seeds' + (
+        f' of {" and ".join(rows)}, and {others} of the other rows' if others else '') + '.'
+
+
 def render(records):
     """The Markdown of a study; parts of which nothing has run are left out."""
     summary = Summary(records)
     runs = [run for row in summary.rows.values() for run in row.get('pretrain', [])]
     devices = ', '.join(sorted({run['device'] for run in runs}))
     versions = ', '.join(sorted({run['torch'] for run in runs}))
-    first, *others = summary.steps('NEPA')['pretrain']
-    seeds, few = len(others) + 1, len(summary.steps('full').get('pretrain', []))
+    first = summary.steps('NEPA')['pretrain'][0]
     labels = f'{summary.few:,} labels'
     parts = [
         f'Pretraining reads {first["images"]:,} images {first["epochs"]} times. Measured on '
         f'{devices} with torch {versions}. The steps took at least {records["hours"]:g} hours in '
-        'sum, in one process each. ' + (
-            f'± is the standard error, over {seeds} seeds'
-            + f', or {few} in the ablations and the scaling' * (0 < few != seeds) if others else
-            'There is one seed so far, so there are no standard errors') + '.',
+        f'sum, in one process each. {seeds(summary)}',
         chosen(summary)]
     for title, text, found, (alt, picture) in (
             ('Fine-tuning', 'Top-1 in percent on the test images:', [fine_tuning(summary)],

@@ -199,6 +199,19 @@ def test_tables_of_made_up_records():
     assert '| gain of NEPA over random start | bidirectional | – | +14.0 ± 0.2 |' in text
 
 
+def test_says_which_rows_have_how_many_seeds():
+    def seeds(**counts):
+        return report.seeds(report.Summary(dict(chosen={}, size=vars(study.FULL), rows={
+            name.replace('_', ' '): {'blocks': [{}] * count} for name, count in counts.items()})))
+
+    assert seeds(NEPA=1, MAE=1) == 'There is one seed so far, so there are no standard errors.'
+    assert seeds(NEPA=2, MAE=2) == '± is the standard error, over 2 seeds.'
+    assert seeds(NEPA=3, random_start=3, MAE=2, full=2) == (
+        '± is the standard error, over 3 seeds of NEPA and random start, and 2 of the other rows.')
+    assert seeds(NEPA=3, MAE=2, full=1) == (
+        '± is the standard error, over 3 seeds of NEPA, and 1 or 2 of the other rows.')
+
+
 def test_text_goes_between_the_marks():
     page = 'a\n<!-- study -->\nold\n<!-- end of study -->\nb\n'
     assert report.insert(page, 'new \\1 ![](study_a.png)') == (
